@@ -1,0 +1,23 @@
+"""Triton kernels of spectriton and the plain functions that launch them.
+
+One module a kernel family. Nothing here knows of autograd or validates what a user passes (`spectriton.ops` does), asks
+for a GPU at import, or imports `spectriton`.
+"""
+
+from .complex_product import complex_product
+from .kernel_spectrum import kernel_spectrum, kernel_spectrum_adjoint
+from .pack import gather_rows, pack_rows
+from .spectral_activation import spectral_activation, spectral_activation_backward
+from .unpack import unpack_planes, unpack_rows
+
+__all__ = [
+    "complex_product",
+    "gather_rows",
+    "kernel_spectrum",
+    "kernel_spectrum_adjoint",
+    "pack_rows",
+    "spectral_activation",
+    "spectral_activation_backward",
+    "unpack_planes",
+    "unpack_rows",
+]

@@ -1,0 +1,277 @@
+"""From the packed spectrum back to dense: `unpack_rows` gives frequency-major chunks, `unpack_planes` half spectra.
+
+The format is the one of docs/packed-format.md. `unpack_rows` handles one tile of one row a program. `unpack_planes` is
+driven by what it writes: each program owns a block of half-spectrum positions and walks a tile of planes, so that reads
+follow the tile (kept coefficients are contiguous there) and writes follow the plane, and positions whose conjugate is
+stored are no special case.
+"""
+
+from typing import Protocol
+
+import torch
+import triton
+import triton.language as tl
+
+from ._config import PLANES_BLOCK, POSITIONS_BLOCK, ceil_div, next_power_of_2, tile_warps
+from ._device import convert, load_kept
+from ._launch import Launch
+from .pack import require_float_values, tile_geometry
+
+
+class Grid(Protocol):
+    """What `unpack_planes` needs of a frequency grid."""
+
+    index: torch.Tensor  # (F,) int64, position of each stored frequency in the flattened half spectrum
+    mirror_index: torch.Tensor  # (M,) int64, positions that are not stored
+    mirror_row: torch.Tensor  # (M,) int64, rows whose conjugates stand there
+
+
+@triton.jit
+def unpack_rows_kernel(
+    values_ptr,  # (N, 2)
+    bitmap_ptr,  # (F, T, TILE // 8)
+    offsets_ptr,  # (F, T)
+    rows_ptr,  # (Fc,)
+    out_ptr,  # (Fc, Tc, TILE, 2)
+    first_tile,
+    chunk_tiles,
+    row_tiles,
+    TILE: tl.constexpr,
+):
+    """Writes a dense chunk.
+
+    Args:
+        values_ptr: kept coefficients.
+        bitmap_ptr: uint8 bitmap.
+        offsets_ptr: int32 offsets.
+        rows_ptr: int64 frequency row of each chunk row.
+        out_ptr: dense chunk.
+        first_tile: tile t0 of the row with which the chunk begins.
+        chunk_tiles: tiles of a chunk row, Tc.
+        row_tiles: tiles of a row, T.
+        TILE: coefficients of a tile.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + i_program // chunk_tiles)
+    i_tile = row * row_tiles + first_tile + i_program % chunk_tiles
+    b_kept = load_kept(bitmap_ptr, i_tile, TILE)
+    start = tl.load(offsets_ptr + i_tile).to(tl.int64)
+    o_value = start + tl.cumsum(b_kept, axis=0) - b_kept
+    # pairs, so that each coefficient is one access
+    p_value = values_ptr + o_value[:, None] * 2 + tl.arange(0, 2)[None, :]
+    m_value = (b_kept[:, None] != 0) & (tl.arange(0, 2)[None, :] < 2)
+    b_value = tl.load(p_value, mask=m_value, other=0.0)
+    # a chunk holds whole tiles, so nothing of this is out of bounds; flat offsets give 128-bit stores
+    o_real = i_program * (2 * TILE) + tl.arange(0, 2 * TILE)
+    tl.store(out_ptr + o_real, tl.reshape(convert(b_value, out_ptr), [2 * TILE]))
+
+
+@triton.jit
+def unpack_planes_kernel(
+    values_ptr,  # (N, 2)
+    bitmap_ptr,  # (F, T, TILE // 8)
+    offsets_ptr,  # (F, T)
+    source_ptr,  # (positions,)
+    row_scale_ptr,  # (F,)
+    out_ptr,  # (count, positions, 2)
+    first_tile,
+    row_tiles,
+    count,
+    positions,
+    HAS_ROW_SCALE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Writes half spectra, plane by plane.
+
+    Args:
+        values_ptr: kept coefficients.
+        bitmap_ptr: uint8 bitmap.
+        offsets_ptr: int32 offsets.
+        source_ptr: int32 row stored for each position of the half spectrum, or -1 - row where its conjugate stands.
+        row_scale_ptr: factor of each row (unused without HAS_ROW_SCALE).
+        out_ptr: half spectra.
+        first_tile: tile t0 that holds the first plane.
+        row_tiles: tiles of a row, T.
+        count: planes.
+        positions: positions of a half spectrum, H * Wh.
+        HAS_ROW_SCALE: whether there are factors.
+        TILE: coefficients of a tile.
+        BLOCK_P: planes handled at once, a divisor of TILE.
+        BLOCK_S: positions a program handles.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    n_position_blocks = tl.cdiv(positions, BLOCK_S)
+    i_tile = i_program // n_position_blocks
+    o_first = i_program % n_position_blocks * BLOCK_S
+
+    o_position = o_first + tl.arange(0, BLOCK_S)
+    m_position = o_position < positions
+    source = tl.load(source_ptr + o_position, mask=m_position, other=0)
+    row = tl.where(source < 0, -1 - source, source).to(tl.int64)
+    o_tile = row * row_tiles + first_tile + i_tile
+    o_value = tl.load(offsets_ptr + o_tile, mask=m_position, other=0).to(tl.int64)
+    if out_ptr.dtype.element_ty == tl.float64:
+        factor = tl.full([BLOCK_S], 1.0, tl.float64)
+    else:
+        factor = tl.full([BLOCK_S], 1.0, tl.float32)
+    if HAS_ROW_SCALE:
+        factor = tl.load(row_scale_ptr + row, mask=m_position, other=0.0).to(factor.dtype)
+    factor_im = tl.where(source < 0, -factor, factor)
+
+    o_real = o_first * 2 + tl.arange(0, 2 * BLOCK_S)
+    m_real = o_real < 2 * positions
+    o_plane = tl.arange(0, BLOCK_P)
+    for i_block in range(TILE // BLOCK_P):
+        # planes run along the last dimension here, which neighbouring threads share: their values are contiguous
+        o_bit = i_block * BLOCK_P + o_plane
+        p_byte = bitmap_ptr + o_tile[:, None] * (TILE // 8) + (o_bit // 8)[None, :]
+        m_byte = m_position[:, None] & (o_bit < TILE)[None, :]
+        b_byte = tl.load(p_byte, mask=m_byte, other=0)
+        b_kept = (b_byte.to(tl.int32) >> (o_bit % 8)[None, :]) & 1
+        o_kept = o_value[:, None] + tl.cumsum(b_kept, axis=1) - b_kept
+        p_value = values_ptr + o_kept * 2
+        b_re = tl.load(p_value, mask=b_kept != 0, other=0.0).to(factor.dtype) * factor[:, None]
+        b_im = tl.load(p_value + 1, mask=b_kept != 0, other=0.0).to(factor.dtype) * factor_im[:, None]
+        o_value += tl.sum(b_kept, axis=1)
+
+        b_out = tl.reshape(tl.join(tl.trans(b_re), tl.trans(b_im)), [BLOCK_P, 2 * BLOCK_S])
+        i_plane = i_tile * TILE + o_bit
+        p_out = out_ptr + i_plane[:, None] * (2 * positions) + o_real[None, :]
+        m_out = (i_plane < count)[:, None] & m_real[None, :]
+        tl.store(p_out, convert(b_out, out_ptr), mask=m_out)
+
+
+def plan_unpack_rows(
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    bitmap: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    t0: int,
+    t1: int,
+    out: torch.Tensor,
+) -> Launch:
+    """The launch behind `unpack_rows`."""
+    require_float_values(values)
+    assert scales is None or not scales.numel(), "float values have no scales"
+    assert out.is_contiguous(), "out must be contiguous"
+    tile, row_tiles, chunk_tiles = tile_geometry(bitmap, out)
+    assert chunk_tiles == t1 - t0 and out.shape[0] == rows.shape[0], "out must have the shape of the chunk"
+    args = (values, bitmap, offsets, rows, out, t0, chunk_tiles, row_tiles)
+    meta = {"TILE": tile, "num_warps": tile_warps(tile)}
+    return Launch(unpack_rows_kernel, (rows.shape[0] * chunk_tiles,), args, meta)
+
+
+def unpack_rows(
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    bitmap: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    t0: int,
+    t1: int,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Writes all of a dense chunk: kept coefficients, zero elsewhere.
+
+    Args:
+        values: `(N, 2)` float32, float64, float16 or bfloat16.
+        scales: None or empty (only low-bit values have scales).
+        bitmap: `(F, T, tile // 8)` uint8.
+        offsets: `(F, T)` int32.
+        rows: `(Fc,)` int64, frequency rows.
+        t0, t1: range of tiles, `Tc = t1 - t0`.
+        out: `(Fc, Tc * tile, 2)` contiguous, any float dtype.
+
+    Returns:
+        `out`.
+    """
+    plan_unpack_rows(values, scales, bitmap, offsets, rows, t0, t1, out).run()
+    return out
+
+
+def plane_source(grid: Grid, positions: int) -> torch.Tensor:
+    """`(positions,)` int32: the row stored for each half-spectrum position, or -1 - row where its conjugate stands."""
+    source = torch.empty(positions, dtype=torch.int32, device=grid.index.device)
+    source[grid.index] = torch.arange(grid.index.shape[0], dtype=torch.int32, device=source.device)
+    source[grid.mirror_index] = (-1 - grid.mirror_row).to(torch.int32)
+    return source
+
+
+def plan_unpack_planes(
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    bitmap: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Grid,
+    t0: int,
+    t1: int,
+    count: int,
+    row_scale: torch.Tensor | None,
+    out: torch.Tensor,
+) -> Launch:
+    """The launch behind `unpack_planes`."""
+    require_float_values(values)
+    assert scales is None or not scales.numel(), "float values have no scales"
+    assert out.is_contiguous() and out.shape[0] == count, "out must be contiguous and hold `count` planes"
+    tile, row_tiles = bitmap.shape[2] * 8, bitmap.shape[1]
+    assert count <= (t1 - t0) * tile, "more planes than the tiles hold"
+    positions = out.shape[1] * out.shape[2]
+    block_positions = min(next_power_of_2(positions), POSITIONS_BLOCK)
+    block_planes = min(tile, PLANES_BLOCK)
+    args = (
+        values,
+        bitmap,
+        offsets,
+        plane_source(grid, positions),
+        row_scale,
+        out,
+        t0,
+        row_tiles,
+        count,
+        positions,
+    )
+    meta = {
+        "HAS_ROW_SCALE": row_scale is not None,
+        "TILE": tile,
+        "BLOCK_P": block_planes,
+        "BLOCK_S": block_positions,
+        "num_warps": 4,
+    }
+    # tiles without a plane to write need no program
+    programs = ceil_div(positions, block_positions) * ceil_div(count, tile)
+    return Launch(unpack_planes_kernel, (programs,), args, meta)
+
+
+def unpack_planes(
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    bitmap: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Grid,
+    t0: int,
+    t1: int,
+    count: int,
+    row_scale: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Writes the half spectra of the planes from `t0 * tile` on, conjugate mirror positions included.
+
+    Args:
+        values: `(N, 2)` float32, float64, float16 or bfloat16.
+        scales: None or empty (only low-bit values have scales).
+        bitmap: `(F, T, tile // 8)` uint8.
+        offsets: `(F, T)` int32.
+        grid: frequency grid with `index`, `mirror_index` and `mirror_row` on the device of the data.
+        t0, t1: range of tiles the planes lie in.
+        count: planes, at most `(t1 - t0) * tile`.
+        row_scale: `(F,)` factor of each row, or None.
+        out: `(count, H, Wh, 2)` contiguous, any float dtype.
+
+    Returns:
+        `out`.
+    """
+    plan_unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, count, row_scale, out).run()
+    return out

@@ -1,0 +1,306 @@
+"""The console command ``spectriton``. Everything it does can be called from Python as well: ``spectriton.compare``."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, TypeAlias
+
+from spectriton import environment
+
+#: Set to anything, an error shows its traceback instead of a panel.
+TRACEBACK_VARIABLE = "SPECTRITON_TRACEBACK"
+_USER_ERRORS = (ValueError, TypeError, ImportError, OSError, ArithmeticError)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; always ends in ``SystemExit``.
+
+    Exit status: 0 when done, 1 when training diverged, 2 for what the user can put right (options, files, checkpoints,
+    missing packages), 130 when interrupted.
+    """
+    try:
+        app = build_app()
+    except ImportError as error:
+        print(f"spectriton: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    app(args=None if arguments is None else list(arguments), prog_name="spectriton")
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Show an error that the user can put right as a panel on standard error, and end with its status."""
+    from spectriton.train import Diverged, Interrupted
+
+    try:
+        yield
+    except Interrupted as error:
+        print(f"{error}; run the same command again to go on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+    except _USER_ERRORS as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        _show_error(str(error))
+        raise SystemExit(1 if isinstance(error, Diverged) else 2) from None
+
+
+def _show_error(message: str) -> None:
+    try:
+        console = environment.require("rich.console").Console(stderr=True)
+        panel, text = environment.require("rich.panel"), environment.require("rich.text")
+    except ImportError:
+        print(f"Error: {message}", file=sys.stderr)
+        return
+    if console.is_terminal:
+        console.print(panel.Panel(text.Text(message), title="Error", title_align="left", border_style="red"))
+    else:
+        # Unwrapped, so that logs can be searched.
+        print(f"Error: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the process at once."""
+    event = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _parse_seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"compare: --seeds got {text!r}, expected whole numbers with commas between; give --seeds 0,1,2"
+        ) from None
+
+
+def _configuration(options: dict[str, Any]) -> Any:
+    """The :class:`spectriton.compare.CompareConfig` of a command's options; other options are passed over."""
+    from spectriton.compare import CompareConfig
+    from spectriton.train import TrainConfig
+
+    def of(kind: Any) -> dict[str, Any]:
+        return {f.name: options[f.name] for f in fields(kind) if f.name in options}
+
+    return CompareConfig(**of(CompareConfig), train=TrainConfig(**of(TrainConfig)))
+
+
+def build_app() -> Any:
+    """The typer application.
+
+    Raises:
+        ImportError: typer is not installed.
+    """
+    environment.require("typer")
+    environment.require("rich")
+    import typer
+
+    app = typer.Typer(
+        help="Train CNNs whose feature maps live as packed sparse spectra.",
+        epilog=f"With {TRACEBACK_VARIABLE}=1 set, errors show where they come from.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    data_panel, recipe_panel, run_panel = "Network and data", "Recipe (the defaults are the paper's)", "Run"
+    Model: TypeAlias = Annotated[
+        str, typer.Option(help="Network: lenet, alexnet, vgg16, densenet, ...", rich_help_panel=data_panel)
+    ]
+    Data: TypeAlias = Annotated[
+        str, typer.Option(help="Data set: digits (needs no files) or fashion-mnist.", rich_help_panel=data_panel)
+    ]
+    Threshold: TypeAlias = Annotated[
+        float,
+        typer.Option(help="Modulus below which a coefficient is dropped (beta).", rich_help_panel=data_panel),
+    ]
+    ValueDtype: TypeAlias = Annotated[
+        str,
+        typer.Option(
+            help="How kept coefficients are stored: float32, float16, bfloat16, int8, int4.",
+            rich_help_panel=data_panel,
+        ),
+    ]
+    Paper: TypeAlias = Annotated[
+        bool,
+        typer.Option("--paper", help="Keep to the paper, not the best known settings.", rich_help_panel=data_panel),
+    ]
+    ImageSize: TypeAlias = Annotated[
+        int | None,
+        typer.Option(help="Edge in pixels that the network is given.", rich_help_panel=data_panel),
+    ]
+    DataDir: TypeAlias = Annotated[
+        str | None,
+        typer.Option(metavar="DIRECTORY", help="Directory with the data set's own files.", rich_help_panel=data_panel),
+    ]
+    TrainLimit: TypeAlias = Annotated[
+        int | None, typer.Option(help="Use the first so many training images.", rich_help_panel=data_panel)
+    ]
+    TestLimit: TypeAlias = Annotated[
+        int | None, typer.Option(help="Use the first so many test images.", rich_help_panel=data_panel)
+    ]
+    Epochs: TypeAlias = Annotated[
+        int, typer.Option(help="Passes over the training images.", rich_help_panel=recipe_panel)
+    ]
+    BatchSize: TypeAlias = Annotated[int, typer.Option(help="Images a step.", rich_help_panel=recipe_panel)]
+    Optimizer: TypeAlias = Annotated[str, typer.Option(help="sgd or adam.", rich_help_panel=recipe_panel)]
+    Lr: TypeAlias = Annotated[
+        float, typer.Option(help="Learning rate of the first epoch.", rich_help_panel=recipe_panel)
+    ]
+    LrHalveEvery: TypeAlias = Annotated[
+        int, typer.Option(help="Halve the learning rate after so many epochs; 0: never.", rich_help_panel=recipe_panel)
+    ]
+    Momentum: TypeAlias = Annotated[float, typer.Option(help="Of SGD.", rich_help_panel=recipe_panel)]
+    WeightDecay: TypeAlias = Annotated[float, typer.Option(help="L2 penalty.", rich_help_panel=recipe_panel)]
+    Seed: TypeAlias = Annotated[
+        int, typer.Option(help="Of weights, order of images and dropout.", rich_help_panel=recipe_panel)
+    ]
+    Device: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=run_panel)]
+    Amp: TypeAlias = Annotated[str, typer.Option(help="bf16 (autocast) or none.", rich_help_panel=run_panel)]
+    Workers: TypeAlias = Annotated[
+        int, typer.Option(help="Threads that fetch batches ahead; 0: in line.", rich_help_panel=run_panel)
+    ]
+    Resume: TypeAlias = Annotated[
+        bool,
+        typer.Option(
+            "--resume/--fresh", help="Go on from the checkpoint in --out, or start anew.", rich_help_panel=run_panel
+        ),
+    ]
+
+    @app.command()
+    def compare(
+        *,
+        model: Model = "lenet",
+        data: Data = "digits",
+        threshold: Threshold = 0.5,
+        value_dtype: ValueDtype = "float32",
+        paper: Paper = False,
+        image_size: ImageSize = None,
+        data_dir: DataDir = None,
+        train_limit: TrainLimit = None,
+        test_limit: TestLimit = None,
+        epochs: Epochs = 10,
+        batch_size: BatchSize = 128,
+        optimizer: Optimizer = "sgd",
+        lr: Lr = 0.02,
+        lr_halve_every: LrHalveEvery = 50,
+        momentum: Momentum = 0.95,
+        weight_decay: WeightDecay = 0.0,
+        seed: Seed = 0,
+        seeds: Annotated[
+            str | None,
+            typer.Option(help="Repeat for these seeds and report means: 0,1,2.", rich_help_panel=recipe_panel),
+        ] = None,
+        out: Annotated[Path, typer.Option(help="Directory for results and checkpoints.", rich_help_panel=run_panel)],
+        device: Device = "auto",
+        amp: Amp = "none",
+        workers: Workers = 0,
+        resume: Resume = True,
+    ) -> None:
+        """Train a network and its spectral twin alike; write report.json, curves.png and memory.png."""
+        options = dict(locals())
+        with _user_errors(), _stop_on_signals() as stop:
+            from spectriton import report
+            from spectriton.compare import compare as run
+
+            result = run(
+                _configuration(options),
+                out,
+                seeds=_parse_seeds(seeds),
+                progress=report.progress_for_terminal(),
+                fresh=not resume,
+                stop=stop,
+            )
+            report.print_report(result)
+            print(f"written to {out}: report.json, curves.png, memory.png")
+
+    @app.command()
+    def train(
+        *,
+        variant: Annotated[str, typer.Option(help="spatial or spectral.", rich_help_panel=data_panel)] = "spectral",
+        model: Model = "lenet",
+        data: Data = "digits",
+        threshold: Threshold = 0.5,
+        value_dtype: ValueDtype = "float32",
+        paper: Paper = False,
+        image_size: ImageSize = None,
+        data_dir: DataDir = None,
+        train_limit: TrainLimit = None,
+        test_limit: TestLimit = None,
+        epochs: Epochs = 10,
+        batch_size: BatchSize = 128,
+        optimizer: Optimizer = "sgd",
+        lr: Lr = 0.02,
+        lr_halve_every: LrHalveEvery = 50,
+        momentum: Momentum = 0.95,
+        weight_decay: WeightDecay = 0.0,
+        seed: Seed = 0,
+        out: Annotated[Path, typer.Option(help="Directory for results and checkpoints.", rich_help_panel=run_panel)],
+        device: Device = "auto",
+        amp: Amp = "none",
+        workers: Workers = 0,
+        resume: Resume = True,
+    ) -> None:
+        """Train one of the two networks; write its checkpoint, report.json and curves.png."""
+        options = dict(locals())
+        with _user_errors(), _stop_on_signals() as stop:
+            from spectriton import report
+            from spectriton.compare import train_alone
+
+            result = train_alone(
+                _configuration(options),
+                variant,
+                out,
+                progress=report.progress_for_terminal(),
+                fresh=not resume,
+                stop=stop,
+            )
+            report.print_report(result)
+            print(f"written to {out}: {variant}.pt, report.json, curves.png")
+
+    @app.command()
+    def env(
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ) -> None:
+        """Show versions, GPU, backend and settings, for bug reports."""
+        with _user_errors():
+            found = environment.collect()
+            if as_json:
+                print(json.dumps(found, indent=2))
+                return
+            from rich.console import Console
+            from rich.table import Table
+
+            table = Table(show_header=False)
+            for name, value in found.items():
+                table.add_row(name.replace("_", " "), "none" if value is None else str(value))
+            Console().print(table)
+
+    return app
+
+
+if __name__ == "__main__":
+    main()

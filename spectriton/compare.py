@@ -1,0 +1,301 @@
+"""The main job: train a network and its spectral twin alike, and report what the spectrum costs and saves.
+
+Both twins are built from the same seed (so that weights that both have start out the same), see the same images in the
+same order, and are measured one after the other: the first is gone from memory before the second is built.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectriton import _check, environment, memory, models, report
+from spectriton.data import ImageData, load
+from spectriton.plots import draw_curves, draw_memory
+from spectriton.report import VARIANTS
+from spectriton.train import (
+    Checkpoint,
+    Progress,
+    TrainConfig,
+    make_optimizer,
+    seed_everything,
+    train,
+    training_batch,
+    training_step,
+)
+
+VALUE_DTYPES: dict[str, Any] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "int4": "int4",
+}
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What to compare, on what, and how it is trained.
+
+    Attributes:
+        model: a name that :func:`spectriton.models.build` knows.
+        data: a name that :func:`spectriton.data.load` knows.
+        threshold: modulus below which a coefficient is dropped (the paper's beta).
+        value_dtype: how kept coefficients are stored, one of ``VALUE_DTYPES``.
+        paper: keep to the paper instead of the best known settings.
+        image_size: edge in pixels that the network is given; the data's own where ``None``.
+        train_limit, test_limit: use only the first so many images.
+        data_dir: where the data's files are; it is not part of reports.
+        train: the recipe.
+
+    Raises:
+        ValueError, TypeError: threshold or value_dtype is not usable.
+    """
+
+    model: str = "lenet"
+    data: str = "digits"
+    threshold: float = 0.5
+    value_dtype: str = "float32"
+    paper: bool = False
+    image_size: int | None = None
+    train_limit: int | None = None
+    test_limit: int | None = None
+    data_dir: str | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _check.check_threshold("CompareConfig", self.threshold)
+        _check.check_choice("CompareConfig", "value_dtype", self.value_dtype, VALUE_DTYPES)
+
+    def load_data(self) -> ImageData:
+        """The data; raises as :func:`spectriton.data.load` does."""
+        return load(
+            self.data,
+            data_dir=self.data_dir,
+            image_size=self.image_size,
+            train_limit=self.train_limit,
+            test_limit=self.test_limit,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON holds them, the recipe flattened in, without machine paths."""
+        settings = asdict(self)
+        del settings["data_dir"]
+        recipe = settings.pop("train")
+        return {**settings, **recipe, "device": self.train.resolve_device().type}
+
+
+def build_network(config: CompareConfig, data: ImageData, variant: str) -> nn.Module:
+    """Build one of the twins, on the CPU, from the seed of the recipe.
+
+    Raises:
+        ValueError: unknown model or variant, or a network that the images are too small for.
+    """
+    _check.check_choice("build_network", "variant", variant, VARIANTS)
+    options: dict[str, Any] = {"threshold": config.threshold, "paper": config.paper}
+    if variant == "spectral" and config.value_dtype != "float32":
+        options["value_dtype"] = VALUE_DTYPES[config.value_dtype]
+    seed_everything(config.train.seed)
+    return models.build(
+        config.model,
+        variant=variant,
+        num_classes=data.num_classes,
+        in_channels=data.channels,
+        image_size=data.image_size,
+        **options,
+    )
+
+
+def measure_step(model: nn.Module, data: ImageData, config: TrainConfig) -> dict[str, int]:
+    """Memory of one training step (forward, backward, update) at the full batch size. Changes the weights.
+
+    A step goes before the one that is measured, so that the optimiser's state, the buffers of libraries and whatever is
+    set up once exist already.
+
+    Returns:
+        Bytes: ``peak_bytes``, ``average_bytes`` (everything alive), ``saved_bytes`` (held for backward at the end of
+        forward), ``peak_beyond_state_bytes`` and ``average_beyond_state_bytes`` (without the state), ``state_bytes``
+        (parameters, buffers, gradients, optimiser state), ``parameter_bytes``.
+    """
+    device = config.resolve_device()
+    model.to(device).train()
+    optimizer = make_optimizer(model, config)
+    images, labels = training_batch(data, config, device)
+    training_step(model, optimizer, images, labels, config.amp)
+    with memory.track(device, model=model, optimizer=optimizer) as usage:
+        training_step(model, optimizer, images, labels, config.amp)
+    return {
+        "peak_bytes": int(usage.peak_bytes),
+        "average_bytes": round(usage.average_bytes),
+        "saved_bytes": int(usage.saved_bytes),
+        "peak_beyond_state_bytes": int(usage.peak_beyond_state_bytes),
+        "average_beyond_state_bytes": round(usage.average_beyond_state_bytes),
+        "state_bytes": int(usage.state_bytes),
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
+
+
+def train_variant(
+    config: CompareConfig,
+    variant: str,
+    out_dir: str | os.PathLike[str],
+    *,
+    data: ImageData | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Train and measure one of the twins, going on from ``out_dir/<variant>.pt`` where that exists.
+
+    Args:
+        config: what to train.
+        variant: ``"spatial"`` or ``"spectral"``.
+        out_dir: directory for the checkpoint.
+        data: images of your own instead of ``config.data``.
+        progress, stop: as in :func:`spectriton.train.train`.
+        fresh: start anew.
+
+    Returns:
+        The network's part of ``report.json``.
+
+    Raises:
+        ValueError: bad settings, or a checkpoint that is damaged or of another configuration.
+        spectriton.train.Interrupted: ``stop`` was set.
+    """
+    data = data if data is not None else config.load_data()
+    model = build_network(config, data, variant)
+    identity = {
+        "model": config.model,
+        "variant": variant,
+        "data": data.name,
+        "threshold": float(config.threshold),
+        "value_dtype": config.value_dtype,
+        "paper": config.paper,
+    }
+    checkpoint = Checkpoint(Path(out_dir) / f"{variant}.pt", identity, fresh=fresh)
+    result = train(model, data, config.train, title=variant, progress=progress, checkpoint=checkpoint, stop=stop)
+    entry: dict[str, Any] = {
+        "test_accuracy": result.test_accuracy,
+        **measure_step(model, data, config.train),
+        "seconds_per_epoch": result.seconds_per_epoch,
+    }
+    if result.density:
+        entry["density"] = result.density
+    entry["history"] = result.history
+    return entry
+
+
+def train_alone(
+    config: CompareConfig,
+    variant: str,
+    out_dir: str | os.PathLike[str],
+    *,
+    data: ImageData | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    stop: threading.Event | None = None,
+    plots: bool = True,
+) -> dict[str, Any]:
+    """Train one of the twins and write ``report.json`` and ``curves.png`` to ``out_dir``.
+
+    The checkpoint is the one :func:`compare` would write, so that a comparison in the same directory goes on from it.
+
+    Args:
+        config, variant, out_dir, data, progress, fresh, stop: as in :func:`train_variant`.
+        plots: draw the figure, which needs matplotlib.
+
+    Returns:
+        What ``report.json`` holds: the network's part under the name of the variant, ``config``, ``environment``.
+
+    Raises:
+        As :func:`compare`.
+    """
+    if plots:
+        environment.require("matplotlib.figure")
+    out = Path(out_dir)
+    entry = train_variant(config, variant, out, data=data, progress=progress, fresh=fresh, stop=stop)
+    result = {
+        variant: entry,
+        "config": config.describe(),
+        "environment": environment.collect(config.train.resolve_device()),
+    }
+    report.write_json(result, out / "report.json")
+    if plots:
+        draw_curves(result, out / "curves.png")
+    return result
+
+
+def compare(
+    config: CompareConfig,
+    out_dir: str | os.PathLike[str],
+    *,
+    seeds: Sequence[int] | None = None,
+    data: ImageData | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    stop: threading.Event | None = None,
+    plots: bool = True,
+) -> dict[str, Any]:
+    """Train both twins and write ``report.json``, ``curves.png`` and ``memory.png`` to ``out_dir``.
+
+    Started again with the same settings, it goes on where it was cut short; a finished twin is not trained again.
+
+    Args:
+        config: what to compare.
+        out_dir: directory for checkpoints and results; made where missing.
+        seeds: repeat everything for each of these seeds (in ``out_dir/seed-N``) and report means; the config's own seed
+            where left out.
+        data: images of your own instead of ``config.data``.
+        progress, stop: as in :func:`spectriton.train.train`.
+        fresh: start anew.
+        plots: draw the figures, which needs matplotlib.
+
+    Returns:
+        What ``report.json`` holds: ``spatial``, ``spectral``, ``ratio`` (spectral over spatial), ``config``,
+        ``environment``; with several seeds the means, and ``runs`` with every seed's own report.
+
+    Raises:
+        ValueError: bad settings, or a checkpoint that is damaged or of another configuration.
+        ImportError: ``plots`` without matplotlib.
+        spectriton.train.Interrupted: ``stop`` was set.
+    """
+    if plots:
+        environment.require("matplotlib.figure")  # missing, it should say so now, not after hours of training
+    chosen = [config.train.seed] if seeds is None else list(dict.fromkeys(seeds))
+    if not chosen:
+        _check.fail("compare", "seeds", "none", "at least one seed", "give --seeds 0,1,2, or leave it out")
+    data = data if data is not None else config.load_data()
+    configs = [replace(config, train=replace(config.train, seed=seed)) for seed in chosen]
+    # Settings that the second twin refuses should not cost the first one's hours.
+    build_network(configs[0], data, "spectral")
+    device = config.train.resolve_device()
+    out = Path(out_dir)
+    runs = []
+    for run in configs:
+        place = out if len(configs) == 1 else out / f"seed-{run.train.seed}"
+        networks = {}
+        for variant in VARIANTS:
+            networks[variant] = train_variant(run, variant, place, data=data, progress=progress, fresh=fresh, stop=stop)
+            _release()
+        runs.append(report.assemble(networks["spatial"], networks["spectral"], run.describe(), device))
+    result = runs[0] if len(runs) == 1 else report.merge(runs)
+    report.write_json(result, out / "report.json")
+    if plots:
+        draw_curves(result, out / "curves.png")
+        draw_memory(result, out / "memory.png")
+    return result
+
+
+def _release() -> None:
+    """Let go of the last network, reference cycles included, before the next one is measured."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,9 @@
+"""Trainable layers. Parameters are real taps with the names and shapes of ``torch.nn``, so state dicts interchange."""
+
+from spectriton.nn.activation import SpectralActivation
+from spectriton.nn.block import SpecBlock
+from spectriton.nn.conv import SpectralConv2d
+from spectriton.nn.pool import AvgPool2d, MaxPool2d
+from spectriton.nn.transform import ToSpatial, ToSpectral
+
+__all__ = ["AvgPool2d", "MaxPool2d", "SpecBlock", "SpectralActivation", "SpectralConv2d", "ToSpatial", "ToSpectral"]

@@ -1,0 +1,127 @@
+"""The packed block: convolution, threshold and activation on packed spectra."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from spectriton import ops
+from spectriton.nn.activation import scale_parameter
+from spectriton.nn.conv import conv_padding_mode, conv_parameters, describe_taps
+from spectriton.nn.transform import describe_rule
+from spectriton.packed import PackedSpectrum
+
+
+class SpecBlock(nn.Module):
+    """Algorithm 1 of arXiv 1905.10915 on packed spectra: circular convolution, bias, threshold, activation.
+
+    Parameters have the names and shapes of ``nn.Conv2d``. What goes further than the paper is a keyword and off by
+    default.
+
+    Args:
+        in_channels, out_channels, kernel_size, groups, bias: as for ``nn.Conv2d(padding="same")``.
+        threshold: coefficients of the convolution's ortho spectrum whose modulus is below it are dropped; 0.5 where
+            no density is given.
+        density: instead of a threshold, the fraction of coefficients to keep; costs a second pass of the mixing.
+        activation: tanh (the paper's), softsign, asinh, atan or identity.
+        activation_scale: None for the plain ``h(x)``; a number for ``s h(x / s)`` with ``s`` learnt per channel from
+            this value on (in units of the ortho spectrum).
+        value_dtype: format of the kept values, by default that of the input.
+        workspace: bound on temporaries in bytes.
+
+    Attributes:
+        last_density: fraction kept by the last forward pass, None before the first.
+
+    Shapes: packed ``(B, I, H, W)`` to packed ``(B, O, H, W)``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        threshold: float | None = None,
+        activation: str = "tanh",
+        *,
+        density: float | None = None,
+        activation_scale: float | None = None,
+        groups: int = 1,
+        bias: bool = True,
+        value_dtype: torch.dtype | str | None = None,
+        workspace: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.threshold, self.density = ops.thresholding_rule("SpecBlock", threshold, density, default=0.5)
+        self.activation = ops.check_activation("SpecBlock", activation)
+        self.groups = groups
+        self.value_dtype = value_dtype
+        self.workspace = workspace
+        self.last_density: float | None = None
+        self.weight, bias_parameter = conv_parameters(
+            in_channels, out_channels, kernel_size, groups, bias, device, dtype
+        )
+        self.register_parameter("bias", bias_parameter)
+        scale = None if activation_scale is None else scale_parameter(out_channels, activation_scale, device, dtype)
+        self.register_parameter("activation_scale", scale)
+
+    @classmethod
+    def from_conv2d(
+        cls,
+        conv: nn.Conv2d,
+        threshold: float | None = None,
+        activation: str = "tanh",
+        *,
+        density: float | None = None,
+        activation_scale: float | None = None,
+        value_dtype: torch.dtype | str | None = None,
+        workspace: int | None = None,
+    ) -> SpecBlock:
+        """A block around the parameters of a convolution, which it shares.
+
+        The block wraps around at the edges whatever the padding mode of the convolution.
+
+        Raises:
+            TypeError, ValueError: as :meth:`SpectralConv2d.from_conv2d`, and for strides other than 1.
+        """
+        conv_padding_mode("SpecBlock.from_conv2d", conv)
+        ops.check_unit_stride("SpecBlock.from_conv2d", conv.stride)
+        block = cls(
+            conv.in_channels,
+            conv.out_channels,
+            (conv.kernel_size[0], conv.kernel_size[1]),
+            threshold,
+            activation,
+            density=density,
+            activation_scale=activation_scale,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            value_dtype=value_dtype,
+            workspace=workspace,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        block.weight, block.bias = conv.weight, conv.bias
+        return block
+
+    def forward(self, packed: PackedSpectrum) -> PackedSpectrum:
+        out = ops.spec_block(
+            packed,
+            self.weight,
+            self.bias,
+            threshold=self.threshold,
+            density=self.density,
+            activation=self.activation,
+            activation_scale=self.activation_scale,
+            groups=self.groups,
+            value_dtype=self.value_dtype,
+            workspace=self.workspace,
+        )
+        self.last_density = out.density
+        return out
+
+    def extra_repr(self) -> str:
+        rule = describe_rule(self.threshold, self.density, self.value_dtype)
+        scale = "" if self.activation_scale is None else " with learnt scale"
+        return f"{describe_taps(self.weight, self.groups)}, {rule}, activation={self.activation}{scale}"

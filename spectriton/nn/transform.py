@@ -1,0 +1,71 @@
+"""The doors between maps and packed spectra."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spectriton import ops
+from spectriton.packed import PackedSpectrum
+
+
+class ToSpectral(nn.Module):
+    """Maps ``(B, C, H, W)`` to a :class:`~spectriton.PackedSpectrum`.
+
+    Args:
+        threshold: coefficients of the ortho spectrum whose modulus is below it are dropped.
+        density: instead of a threshold, the fraction of coefficients to keep.
+        value_dtype: format of the kept values, see :func:`spectriton.ops.pack`.
+        workspace: bound on temporaries in bytes.
+
+    Attributes:
+        last_density: fraction kept by the last forward pass, None before the first.
+    """
+
+    def __init__(
+        self,
+        threshold: float | None = None,
+        density: float | None = None,
+        value_dtype: torch.dtype | str | None = None,
+        workspace: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.threshold, self.density = ops.thresholding_rule("ToSpectral", threshold, density, default=0.0)
+        self.value_dtype = value_dtype
+        self.workspace = workspace
+        self.last_density: float | None = None
+
+    def forward(self, x: Tensor) -> PackedSpectrum:
+        packed = ops.to_spectral(
+            x,
+            threshold=self.threshold,
+            density=self.density,
+            value_dtype=self.value_dtype,
+            workspace=self.workspace,
+        )
+        self.last_density = packed.density
+        return packed
+
+    def extra_repr(self) -> str:
+        return describe_rule(self.threshold, self.density, self.value_dtype)
+
+
+class ToSpatial(nn.Module):
+    """A :class:`~spectriton.PackedSpectrum` to maps ``(B, C, H, W)``; backward keeps the pattern only.
+
+    Args:
+        workspace: bound on temporaries in bytes.
+    """
+
+    def __init__(self, workspace: int | None = None) -> None:
+        super().__init__()
+        self.workspace = workspace
+
+    def forward(self, packed: PackedSpectrum) -> Tensor:
+        return ops.to_spatial(packed, workspace=self.workspace)
+
+
+def describe_rule(threshold: float | None, density: float | None, value_dtype: torch.dtype | str | None) -> str:
+    """The thresholding rule and the value format for a module's repr."""
+    rule = f"threshold={threshold:g}" if density is None else f"density={density:g}"
+    return rule if value_dtype is None else f"{rule}, value_dtype={str(value_dtype).removeprefix('torch.')}"

@@ -1,0 +1,39 @@
+"""Differentiable operations on spectra: custom ops that pick the Triton kernels or the plain PyTorch reference."""
+
+from spectriton.ops._arguments import (
+    check_activation,
+    check_padding_mode,
+    check_stride,
+    check_unit_stride,
+    check_window,
+    thresholding_rule,
+)
+from spectriton.ops.channel_mix import channel_mix
+from spectriton.ops.complex_product import complex_product
+from spectriton.ops.kernel_spectrum import kernel_spectrum
+from spectriton.ops.pack import pack, to_spatial, to_spectral, unpack
+from spectriton.ops.pool2d import avg_pool2d, max_pool2d
+from spectriton.ops.spec_block import spec_block
+from spectriton.ops.spectral_activation import spectral_activation
+from spectriton.ops.spectral_conv2d import spectral_conv2d
+
+__all__ = [
+    "avg_pool2d",
+    "channel_mix",
+    "check_activation",
+    "check_padding_mode",
+    "check_stride",
+    "check_unit_stride",
+    "check_window",
+    "complex_product",
+    "kernel_spectrum",
+    "max_pool2d",
+    "pack",
+    "spec_block",
+    "spectral_activation",
+    "spectral_conv2d",
+    "thresholding_rule",
+    "to_spatial",
+    "to_spectral",
+    "unpack",
+]

@@ -1,0 +1,151 @@
+"""Checks of the arguments that several ops and layers share; they look at shapes and numbers, never at tensor data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from spectriton._check import check_choice, check_rank, check_threshold, fail
+from spectriton.packed import PackedSpectrum
+from spectriton.reference import ACTIVATIONS
+
+PADDING_MODES = ("circular", "zeros")
+
+
+def check_rule(op: str, threshold: float | None, density: float | None) -> tuple[float, float]:
+    """The thresholding rule as two numbers, ``density`` being -1 where the threshold decides.
+
+    Raises:
+        TypeError, ValueError: neither or both are given, or one is out of range.
+    """
+    if (threshold is None) == (density is None):
+        got = "neither" if threshold is None else "both"
+        fail(op, "threshold and density", got, "one of them", "pass threshold=0.0 to keep every coefficient")
+    if density is None:
+        return check_threshold(op, threshold), -1.0
+    value = check_threshold(op, density, "density")
+    if value > 1:
+        fail(op, "density", value, "a fraction from 0 to 1", "pass 0.25 to keep a quarter of the coefficients")
+    return 0.0, value
+
+
+def check_workspace(op: str, workspace: int | None) -> int:
+    """The workspace as the ops take it: bytes, 0 for the default.
+
+    Raises:
+        TypeError, ValueError: not a positive whole number.
+    """
+    if workspace is None:
+        return 0
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        fail(op, "workspace", workspace, "a number of bytes", "pass an int such as 4 << 20", TypeError)
+    if workspace <= 0:
+        fail(op, "workspace", workspace, "a positive number of bytes", "pass an int such as 4 << 20")
+    return workspace
+
+
+def check_packed(op: str, name: str, packed: Any) -> PackedSpectrum:
+    """Check that an argument is a packed spectrum.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(packed, PackedSpectrum):
+        fix = "put spectriton.nn.ToSpectral() before this layer, or use ops.to_spectral"
+        fail(op, name, packed, "a PackedSpectrum", fix, TypeError)
+    return packed
+
+
+def check_convolution(op: str, channels: int, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    """Check taps, bias and groups against the number of input channels.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit.
+    """
+    check_rank(op, "weight", weight, 4)
+    if not weight.is_floating_point():
+        fail(op, "weight", weight, "real taps (O, I / groups, kh, kw)", "pass the spatial kernel", TypeError)
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        fail(op, "groups", groups, f"a divisor of the {weight.shape[0]} output channels", "change groups or channels")
+    if channels != weight.shape[1] * groups:
+        fail(
+            op,
+            "input",
+            f"{channels} channels",
+            f"{weight.shape[1] * groups} (weight of shape {tuple(weight.shape)}, groups={groups})",
+            "match the input channels of this layer to the layer before it",
+        )
+    if min(weight.shape[2:]) < 1:
+        fail(op, "weight", weight, "a kernel of at least 1x1", "pass taps (O, I / groups, kh, kw)")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        fail(op, "bias", bias, f"shape ({weight.shape[0]},)", "pass one value per output channel")
+
+
+def check_stride(op: str, stride: Any) -> tuple[int, int]:
+    """A stride as two positive whole numbers.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    pair = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    if len(pair) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in pair):
+        fail(op, "stride", stride, "a positive int or two of them", "pass stride=1 or stride=(1, 2)")
+    return pair[0], pair[1]
+
+
+def check_window(op: str, kernel_size: Any, stride: Any) -> tuple[list[int], list[int]]:
+    """Kernel size and stride as two positive numbers each; the stride defaults to the kernel size.
+
+    Raises:
+        ValueError: something else was passed.
+    """
+    pairs = []
+    for name, value in (("kernel_size", kernel_size), ("stride", kernel_size if stride is None else stride)):
+        pair = [value, value] if isinstance(value, int) else list(value)
+        if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
+            fail(op, name, value, "a positive int or two of them", "pass 2 or (2, 2)")
+        pairs.append(pair)
+    return pairs[0], pairs[1]
+
+
+def thresholding_rule(
+    op: str, threshold: float | None, density: float | None, default: float
+) -> tuple[float | None, float | None]:
+    """The rule of a layer, checked: ``default`` is its threshold where neither is given.
+
+    Raises:
+        TypeError, ValueError: both are given, or one is out of range.
+    """
+    if threshold is None and density is None:
+        threshold = default
+    check_rule(op, threshold, density)
+    return threshold, density
+
+
+def check_activation(op: str, kind: str) -> str:
+    """Check the name of an activation.
+
+    Raises:
+        ValueError: no such activation.
+    """
+    return check_choice(op, "activation", kind, ACTIVATIONS)
+
+
+def check_padding_mode(op: str, mode: str) -> str:
+    """Check a padding mode.
+
+    Raises:
+        ValueError: no such mode.
+    """
+    return check_choice(op, "padding_mode", mode, PADDING_MODES)
+
+
+def check_unit_stride(op: str, stride: Any) -> None:
+    """Check that a stride is 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if check_stride(op, stride) != (1, 1):
+        fail(op, "stride", tuple(stride), "1", "follow the block by a pooling layer instead")

@@ -1,0 +1,287 @@
+"""Walks over chunks of planes: between half spectra ``(n, H, Wh)`` and packed rows, under a bounded workspace.
+
+A plane is one ``(batch, channel)`` map. A chunk holds whole tiles, so packing one chunk never touches another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectriton._backend import backend, workspace_bytes
+from spectriton.frequencies import FrequencyGrid, frequency_grid
+from spectriton.packed import VALUE_DTYPES, Layout, make_edge
+
+# Moduli are counted by the leading bits of their float32 pattern: bins of 0.2 % of the modulus.
+_HISTOGRAM_SHIFT = 14
+
+
+class Packed(NamedTuple):
+    """What the packing ops return; the tensors of a :class:`spectriton.PackedSpectrum`."""
+
+    edge: Tensor
+    values: Tensor
+    scales: Tensor
+    bitmap: Tensor
+    offsets: Tensor
+
+
+class Packer:
+    """A packed spectrum in the making: chunks go in, exactly sized tensors come out.
+
+    Args:
+        sizes: the layout of the maps.
+        value_dtype: name of the value format.
+        dtype: real precision of the coefficients.
+        device: where.
+    """
+
+    def __init__(self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.sizes = sizes
+        self.dtype = dtype
+        self.value_dtype = value_dtype
+        self.bitmap = torch.zeros(sizes.bitmap_shape, dtype=torch.uint8, device=device)
+        self.offsets = torch.zeros(sizes.frequencies, sizes.tiles, dtype=torch.int32, device=device)
+        quantised = value_dtype in ("int8", "int4")
+        self.scales = torch.zeros(self.offsets.shape if quantised else 0, dtype=torch.float32, device=device)
+        self._pieces: list[Tensor] = []
+        self._kept = 0
+
+    def append(
+        self,
+        y: Tensor,
+        rows: Tensor,
+        t0: int,
+        threshold: float | Tensor,
+        kind: str = "identity",
+        scale: Tensor | None = None,
+    ) -> None:
+        """Threshold, activate and pack the chunk ``y`` ``(Fc, Tc * tile, 2)`` of ``rows`` and the tiles from ``t0``."""
+        sizes, device = self.sizes, y.device
+        pairs = () if self.value_dtype == "int4" else (2,)
+        # Room for every coefficient of the chunk, so nothing can be lost; only what was kept is held on to.
+        room = torch.empty(y.shape[0] * y.shape[1], *pairs, dtype=VALUE_DTYPES[self.value_dtype], device=device)
+        cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        backend(device).pack_rows(
+            y,
+            sizes.row,
+            threshold,
+            rows,
+            t0,
+            self.bitmap,
+            self.offsets,
+            room,
+            cursor,
+            kind,
+            scale,
+            sizes.channels,
+            scales=self.scales,
+        )
+        kept = int(cursor)
+        if self._kept + kept > torch.iinfo(torch.int32).max:
+            raise ValueError(
+                f"spectriton: packed spectrum got {self._kept + kept} kept coefficients, expected at most 2^31 - 1; "
+                "raise the threshold, or split the batch"
+            )
+        if self._kept:
+            tiles = slice(t0, t0 + y.shape[1] // sizes.tile)
+            self.offsets[rows, tiles] += self._kept
+        self._pieces.append(room[:kept].clone())
+        self._kept += kept
+
+    def finish(self) -> Packed:
+        """The packed tensors, values in one piece."""
+        values = self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces)
+        self._pieces = []
+        edge = make_edge(self._kept, self.dtype, values.device)
+        return Packed(edge, values, self.scales, self.bitmap, self.offsets)
+
+
+class Histogram:
+    """Counts of moduli, from which a threshold is taken that keeps a set fraction of the coefficients."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._counts = torch.zeros((1 << (31 - _HISTOGRAM_SHIFT)) + 1, dtype=torch.int64, device=device)
+
+    def add(self, y: Tensor) -> None:
+        """Count the moduli of pairs ``(..., 2)``."""
+        size = torch.view_as_complex(y).abs().to(torch.float32).flatten().nan_to_num_(nan=torch.inf)
+        bins = size.view(torch.int32) >> _HISTOGRAM_SHIFT
+        self._counts += torch.bincount(bins, minlength=self._counts.numel())
+
+    def threshold(self, keep: int) -> float:
+        """A modulus that at most ``keep`` of the counted coefficients reach, within the width of a bin."""
+        from_top = torch.cumsum(self._counts.flip(0), 0)
+        bins = int((from_top <= keep).sum())
+        lowest = self._counts.numel() - bins
+        pattern = torch.tensor(min(lowest << _HISTOGRAM_SHIFT, 0x7F800000), dtype=torch.int32)
+        return float(pattern.view(torch.float32))
+
+
+def keep_from_density(density: float, sizes: Layout) -> int:
+    """Coefficients to keep beside the zero-frequency row, which is always kept."""
+    return max(0, round(density * sizes.frequencies * sizes.row) - sizes.row)
+
+
+def plane_chunks(sizes: Layout, itemsize: int, workspace: int) -> Iterator[tuple[int, int, int, int]]:
+    """``(t0, t1, first plane, one past the last plane)`` of chunks whose temporaries fit the workspace."""
+    # Maps, half spectrum, its rows and their padded copy.
+    bytes_per_tile = 5 * sizes.tile * sizes.height * (sizes.width + 2) * itemsize
+    step = max(1, workspace // max(1, bytes_per_tile))
+    for t0 in range(0, sizes.tiles, step):
+        t1 = min(t0 + step, sizes.tiles)
+        yield t0, t1, t0 * sizes.tile, min(t1 * sizes.tile, sizes.row)
+
+
+def row_chunks(rows: Tensor, bytes_per_row: int, workspace: int) -> Iterator[Tensor]:
+    """``rows`` in chunks whose temporaries fit the workspace."""
+    yield from rows.split(max(1, workspace // max(1, bytes_per_row)))
+
+
+def rows_of_half(half: Tensor, grid: FrequencyGrid, fold: bool = False) -> Tensor:
+    """Half spectra ``(n, H, Wh)`` to stored rows ``(F, n)``; ``fold`` adds the conjugate of the mirrored positions."""
+    flat = half.flatten(1).T
+    rows = flat[grid.index]
+    if fold:
+        rows.index_add_(0, grid.mirror_row, flat[grid.mirror_index].conj_physical())
+    rows[grid.self_conjugate] = rows[grid.self_conjugate].real.to(rows.dtype)
+    return rows
+
+
+def _padded(rows: Tensor, padded: int) -> Tensor:
+    """Complex rows ``(F, n)`` as pairs ``(F, padded, 2)``."""
+    pairs = torch.view_as_real(rows)
+    return pairs if rows.shape[1] == padded else torch.nn.functional.pad(pairs, (0, 0, 0, padded - rows.shape[1]))
+
+
+def pack_planes(
+    half_of: Callable[[int, int], Tensor],
+    sizes: Layout,
+    threshold: float,
+    density: float,
+    value_dtype: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    workspace: int,
+) -> Packed:
+    """Pack the half spectra that ``half_of(first, last)`` gives for a range of planes.
+
+    ``density`` of zero or more overrides the threshold by the one that keeps this fraction.
+    """
+    grid = frequency_grid(sizes.height, sizes.width, device)
+    chunks = list(plane_chunks(sizes, dtype.itemsize, workspace))
+    if density >= 0:
+        histogram = Histogram(device)
+        for _, _, first, last in chunks:
+            histogram.add(torch.view_as_real(rows_of_half(half_of(first, last), grid)[1:]))
+        threshold = histogram.threshold(keep_from_density(density, sizes))
+    packer = Packer(sizes, value_dtype, dtype, device)
+    rows = torch.arange(grid.count, device=device)
+    for t0, t1, first, last in chunks:
+        y = _padded(rows_of_half(half_of(first, last), grid), (t1 - t0) * sizes.tile)
+        packer.append(y, rows, t0, threshold)
+    if not chunks:
+        packer.append(torch.zeros(grid.count, 0, 2, dtype=dtype, device=device), rows, 0, threshold)
+    packed = packer.finish()
+    return packed if len(chunks) <= 1 else in_row_order(packed, sizes, workspace)
+
+
+def in_row_order(packed: Packed, sizes: Layout, workspace: int) -> Packed:
+    """The same spectrum with its values in row-major tile order.
+
+    The reference reads rows by slices then. The kernels do not care for the order.
+    """
+    device = packed.values.device
+    primitives = backend(device)
+    if primitives.name != "reference":
+        return packed
+    values = torch.empty_like(packed.values)
+    offsets = torch.empty_like(packed.offsets)
+    first = 0
+    for rows in row_chunks(torch.arange(sizes.frequencies, device=device), 32 * sizes.padded_row, workspace):
+        pattern = primitives.row_pattern(packed.bitmap, packed.offsets, rows, 0, sizes.tiles)
+        last = first + pattern.positions.numel()
+        values[first:last] = packed.values[pattern.slots]
+        running = torch.cumsum(pattern.counts, 0) - pattern.counts + first
+        offsets[rows] = running.view(rows.numel(), sizes.tiles).to(offsets.dtype)
+        first = last
+    return packed._replace(values=values, offsets=offsets)
+
+
+def unpack_planes(
+    values: Tensor,
+    scales: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    sizes: Layout,
+    row_scale: Tensor | None,
+    dtype: torch.dtype,
+    workspace: int,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yields ``(first plane, one past the last, half spectra (n, H, Wh))`` chunk by chunk, mirrors filled in."""
+    device = values.device
+    grid = frequency_grid(sizes.height, sizes.width, device)
+    for t0, t1, first, last in plane_chunks(sizes, dtype.itemsize, workspace):
+        half = torch.empty(last - first, sizes.height, grid.half_width, 2, dtype=dtype, device=device)
+        backend(device).unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, last - first, row_scale, half)
+        yield first, last, torch.view_as_complex(half)
+
+
+def gather_planes(
+    half_of: Callable[[int, int], Tensor],
+    bitmap: Tensor,
+    offsets: Tensor,
+    kept: int,
+    sizes: Layout,
+    row_scale: Tensor | None,
+    fold: bool,
+    dtype: torch.dtype,
+    workspace: int,
+) -> Tensor:
+    """``(kept, 2)``: the half spectra that ``half_of`` gives, at the positions of an existing pattern."""
+    device = bitmap.device
+    grid = frequency_grid(sizes.height, sizes.width, device)
+    out = torch.empty(kept, 2, dtype=dtype, device=device)
+    rows = torch.arange(grid.count, device=device)
+    for t0, t1, first, last in plane_chunks(sizes, dtype.itemsize, workspace):
+        y = rows_of_half(half_of(first, last), grid, fold)
+        if row_scale is not None:
+            y *= row_scale.to(dtype)[:, None]
+        chunk = _padded(y, (t1 - t0) * sizes.tile)
+        backend(device).gather_rows(chunk, bitmap, offsets, rows, t0, out)
+    return out
+
+
+def real_planes(x: Tensor, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+    """``half_of`` for maps ``(B, C, H, W)``: the ortho half spectra of a range of planes."""
+    planes = _plane_slices(x)
+    return lambda first, last: torch.fft.rfft2(planes(first, last).to(dtype), norm="ortho")
+
+
+def half_planes(spectrum: Tensor, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+    """``half_of`` for half spectra ``(B, C, H, Wh)``."""
+    planes = _plane_slices(spectrum)
+    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return lambda first, last: planes(first, last).to(complex_dtype).resolve_conj()
+
+
+def _plane_slices(x: Tensor) -> Callable[[int, int], Tensor]:
+    """Ranges of the ``B * C`` planes of ``x``; a copy of the range where they do not lie one after the other."""
+    channels = x.shape[1]
+
+    def planes(first: int, last: int) -> Tensor:
+        if x.is_contiguous():
+            return x.view(-1, *x.shape[2:])[first:last]
+        image = first // channels
+        images = x[image : -(-last // channels)]
+        return images.flatten(0, 1)[first - image * channels : last - image * channels]
+
+    return planes
+
+
+def resolve_workspace(workspace: int, device: torch.device) -> int:
+    """Ops take 0 for the default workspace of the device."""
+    return workspace_bytes(workspace or None, device)

@@ -1,0 +1,405 @@
+"""Packing of spectra and of maps, and back: ``pack``, ``unpack``, ``to_spectral``, ``to_spatial``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectriton._check import check_complex, check_rank, check_real_maps, fail
+from spectriton.frequencies import frequency_grid
+from spectriton.ops._arguments import check_packed, check_rule, check_workspace
+from spectriton.ops._define import define_op
+from spectriton.ops._planes import (
+    Packed,
+    gather_planes,
+    half_planes,
+    pack_planes,
+    real_planes,
+    resolve_workspace,
+    unpack_planes,
+)
+from spectriton.packed import VALUE_DTYPES, PackedSpectrum, layout, make_edge, value_dtype_name
+
+_PACKED = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_FIELDS = "Tensor values, Tensor scales, Tensor bitmap, Tensor offsets"
+
+
+def _precision(tensor: Tensor) -> torch.dtype:
+    """Real precision of the coefficients made from ``tensor``: double stays double, the rest is single."""
+    return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _weight(shape: list[int], device: torch.device) -> Tensor:
+    return frequency_grid(shape[2], shape[3], device).weight
+
+
+def _fake_packed(like: Tensor, shape: list[int], value_dtype: str) -> Packed:
+    """Shapes and dtypes of a packed result whose number of kept coefficients is not known yet."""
+    sizes = layout(shape)
+    kept = torch.library.get_ctx().new_dynamic_size()
+    pairs = () if value_dtype == "int4" else (2,)
+    offsets = like.new_empty(sizes.frequencies, sizes.tiles, dtype=torch.int32)
+    quantised = value_dtype in ("int8", "int4")
+    return Packed(
+        make_edge(kept, _precision(like), like.device),
+        like.new_empty(kept, *pairs, dtype=VALUE_DTYPES[value_dtype]),
+        like.new_empty(offsets.shape if quantised else (0,), dtype=torch.float32),
+        like.new_empty(sizes.bitmap_shape, dtype=torch.uint8),
+        offsets,
+    )
+
+
+# -- half spectrum <-> packed ---------------------------------------------------------------------------------------
+
+
+@define_op(
+    f"(Tensor spectrum, int height, int width, float threshold, float density, str value_dtype, int workspace) "
+    f"-> {_PACKED}"
+)
+def _pack(
+    spectrum: Tensor, height: int, width: int, threshold: float, density: float, value_dtype: str, workspace: int
+) -> Packed:
+    dtype = _precision(spectrum)
+    return pack_planes(
+        half_planes(spectrum, dtype),
+        layout((*spectrum.shape[:2], height, width)),
+        threshold,
+        density,
+        value_dtype,
+        dtype,
+        spectrum.device,
+        resolve_workspace(workspace, spectrum.device),
+    )
+
+
+@_pack.register_fake
+def _(
+    spectrum: Tensor, height: int, width: int, threshold: float, density: float, value_dtype: str, workspace: int
+) -> Packed:
+    return _fake_packed(spectrum, [*spectrum.shape[:2], height, width], value_dtype)
+
+
+@define_op("(Tensor grad, Tensor bitmap, Tensor offsets, SymInt[] shape, int workspace) -> Tensor")
+def _pack_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int) -> Tensor:
+    """Packed gradient to the half spectrum's: zero at the positions that packing does not read."""
+    grid = frequency_grid(shape[2], shape[3], grad.device)
+    out = torch.empty(*shape[:3], grid.half_width, 2, dtype=grad.dtype, device=grad.device)
+    half = torch.view_as_complex(out).flatten(0, 1)
+    no_scales = grad.new_empty(0)
+    workspace = resolve_workspace(workspace, grad.device)
+    for first, last, part in unpack_planes(
+        grad.contiguous(), no_scales, bitmap, offsets, layout(shape), None, grad.dtype, workspace
+    ):
+        flat = part.flatten(1)
+        flat[:, grid.mirror_index] = 0
+        real = grid.index[grid.self_conjugate]
+        flat[:, real] = flat[:, real].real.to(flat.dtype)
+        half[first:last] = part
+    return torch.view_as_complex(out)
+
+
+@_pack_backward.register_fake
+def _(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int) -> Tensor:
+    dtype = torch.complex128 if grad.dtype == torch.float64 else torch.complex64
+    return grad.new_empty(*shape[:3], shape[3] // 2 + 1, dtype=dtype)
+
+
+def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
+    spectrum, height, width, _, _, _, workspace = inputs
+    ctx.shape, ctx.workspace, ctx.dtype = [*spectrum.shape[:2], height, width], workspace, spectrum.dtype
+    ctx.save_for_backward(output[3], output[4])
+
+
+def _pack_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    bitmap, offsets = ctx.saved_tensors
+    grad_spectrum = _pack_backward(grad, bitmap, offsets, ctx.shape, ctx.workspace)
+    return grad_spectrum.to(ctx.dtype), None, None, None, None, None, None
+
+
+_pack.register_autograd(_pack_autograd, setup_context=_pack_setup)
+
+
+@define_op(f"(Tensor edge, {_FIELDS}, SymInt[] shape) -> Tensor")
+def _unpack(
+    edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int]
+) -> Tensor:
+    """Packed to half spectra ``(B, C, H, Wh)``."""
+    out = torch.empty(*shape[:3], shape[3] // 2 + 1, 2, dtype=edge.dtype, device=values.device)
+    half = torch.view_as_complex(out).flatten(0, 1)
+    workspace = resolve_workspace(0, values.device)
+    for first, last, part in unpack_planes(
+        values, scales, bitmap, offsets, layout(shape), None, edge.dtype, workspace
+    ):
+        half[first:last] = part
+    return torch.view_as_complex(out)
+
+
+@_unpack.register_fake
+def _(
+    edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int]
+) -> Tensor:
+    dtype = torch.complex128 if edge.dtype == torch.float64 else torch.complex64
+    return values.new_empty(*shape[:3], shape[3] // 2 + 1, dtype=dtype)
+
+
+@define_op("(Tensor grad, Tensor bitmap, Tensor offsets, SymInt kept, SymInt[] shape) -> Tensor")
+def _unpack_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, shape: list[int]) -> Tensor:
+    """Gradient of half spectra to the packed one: a stored coefficient collects that of its mirror image too."""
+    dtype = _precision(grad)
+    return gather_planes(
+        half_planes(grad, dtype),
+        bitmap,
+        offsets,
+        kept,
+        layout(shape),
+        None,
+        True,
+        dtype,
+        resolve_workspace(0, grad.device),
+    )
+
+
+@_unpack_backward.register_fake
+def _(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, shape: list[int]) -> Tensor:
+    return grad.new_empty(kept, 2, dtype=_precision(grad))
+
+
+def _unpack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    edge, _, _, bitmap, offsets, shape = inputs
+    ctx.kept, ctx.shape = edge.shape[0], shape
+    ctx.save_for_backward(bitmap, offsets)
+
+
+def _unpack_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _unpack_backward(grad, *ctx.saved_tensors, ctx.kept, ctx.shape), None, None, None, None, None
+
+
+_unpack.register_autograd(_unpack_autograd, setup_context=_unpack_setup)
+
+
+# -- maps <-> packed ------------------------------------------------------------------------------------------------
+
+
+@define_op(f"(Tensor x, float threshold, float density, str value_dtype, int workspace) -> {_PACKED}")
+def _to_spectral(x: Tensor, threshold: float, density: float, value_dtype: str, workspace: int) -> Packed:
+    dtype = _precision(x)
+    return pack_planes(
+        real_planes(x, dtype),
+        layout(x.shape),
+        threshold,
+        density,
+        value_dtype,
+        dtype,
+        x.device,
+        resolve_workspace(workspace, x.device),
+    )
+
+
+@_to_spectral.register_fake
+def _(x: Tensor, threshold: float, density: float, value_dtype: str, workspace: int) -> Packed:
+    return _fake_packed(x, list(x.shape), value_dtype)
+
+
+@define_op("(Tensor grad, Tensor bitmap, Tensor offsets, SymInt[] shape, int workspace) -> Tensor")
+def _to_spectral_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int) -> Tensor:
+    """The adjoint of ``rfft2`` restricted to a pattern.
+
+    ``irfft2`` counts a stored coefficient twice where its conjugate is not stored, which the adjoint does not.
+    """
+    no_scales = grad.new_empty(0)
+    row_scale = 1 / _weight(shape, grad.device)
+    return _maps(grad.contiguous(), no_scales, bitmap, offsets, shape, row_scale, grad.dtype, workspace)
+
+
+@_to_spectral_backward.register_fake
+def _(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int) -> Tensor:
+    return grad.new_empty(shape)
+
+
+def _to_spectral_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
+    x, _, _, _, workspace = inputs
+    ctx.shape, ctx.workspace, ctx.dtype = list(x.shape), workspace, x.dtype
+    ctx.save_for_backward(output[3], output[4])
+
+
+def _to_spectral_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    grad_x = _to_spectral_backward(grad, *ctx.saved_tensors, ctx.shape, ctx.workspace)
+    return grad_x.to(ctx.dtype), None, None, None, None
+
+
+_to_spectral.register_autograd(_to_spectral_autograd, setup_context=_to_spectral_setup)
+
+
+def _maps(
+    values: Tensor,
+    scales: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    shape: list[int],
+    row_scale: Tensor | None,
+    dtype: torch.dtype,
+    workspace: int,
+) -> Tensor:
+    """Packed coefficients to real maps ``(B, C, H, W)``, a chunk of planes at a time."""
+    x = torch.empty(shape, dtype=dtype, device=values.device)
+    planes = x.view(-1, *shape[2:])
+    workspace = resolve_workspace(workspace, values.device)
+    for first, last, half in unpack_planes(
+        values, scales, bitmap, offsets, layout(shape), row_scale, dtype, workspace
+    ):
+        torch.fft.irfft2(half, s=(shape[2], shape[3]), norm="ortho", out=planes[first:last])
+    return x
+
+
+@define_op(f"(Tensor edge, {_FIELDS}, SymInt[] shape, int workspace) -> Tensor")
+def _to_spatial(
+    edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
+) -> Tensor:
+    """Packed to real maps ``(B, C, H, W)``."""
+    return _maps(values, scales, bitmap, offsets, shape, None, edge.dtype, workspace)
+
+
+@_to_spatial.register_fake
+def _(
+    edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
+) -> Tensor:
+    return edge.new_empty(shape)
+
+
+@define_op("(Tensor grad, Tensor bitmap, Tensor offsets, SymInt kept, int workspace) -> Tensor")
+def _to_spatial_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, workspace: int) -> Tensor:
+    """The adjoint of ``irfft2`` from a pattern, ``(kept, 2)``."""
+    dtype = _precision(grad)
+    return gather_planes(
+        real_planes(grad, dtype),
+        bitmap,
+        offsets,
+        kept,
+        layout(grad.shape),
+        _weight(list(grad.shape), grad.device),
+        False,
+        dtype,
+        resolve_workspace(workspace, grad.device),
+    )
+
+
+@_to_spatial_backward.register_fake
+def _(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, workspace: int) -> Tensor:
+    return grad.new_empty(kept, 2, dtype=_precision(grad))
+
+
+def _to_spatial_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    edge, _, _, bitmap, offsets, _, workspace = inputs
+    ctx.kept, ctx.workspace = edge.shape[0], workspace
+    ctx.save_for_backward(bitmap, offsets)
+
+
+def _to_spatial_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _to_spatial_backward(grad, *ctx.saved_tensors, ctx.kept, ctx.workspace), None, None, None, None, None, None
+
+
+_to_spatial.register_autograd(_to_spatial_autograd, setup_context=_to_spatial_setup)
+
+
+# -- what users call ------------------------------------------------------------------------------------------------
+
+
+def pack(
+    spectrum: Tensor,
+    size: tuple[int, int],
+    *,
+    threshold: float | None = None,
+    density: float | None = None,
+    value_dtype: torch.dtype | str | None = None,
+    workspace: int | None = None,
+) -> PackedSpectrum:
+    """Keep the large coefficients of half spectra, packed.
+
+    Args:
+        spectrum: ``(B, C, H, W // 2 + 1)`` complex, as ``torch.fft.rfft2(x, norm="ortho")`` gives it. One of each
+            conjugate pair is read; the coefficients that are their own conjugate are taken as real.
+        size: ``(H, W)`` of the maps.
+        threshold: coefficients whose modulus (in the ortho spectrum) is below it are dropped; those equal to it, and
+            those that are not numbers, stay. The zero frequency always stays.
+        density: instead of a threshold, the fraction of the independent coefficients to keep (the largest ones).
+        value_dtype: format of the kept values: ``torch.float32``, ``float16``, ``bfloat16``, ``float64``, ``int8`` or
+            ``"int4"``; by default the precision of the spectrum. Integers get one scale a tile.
+        workspace: bound on temporaries in bytes.
+
+    Returns:
+        A :class:`~spectriton.PackedSpectrum` of shape ``(B, C, H, W)``; differentiable.
+
+    Raises:
+        TypeError, ValueError: ``spectrum`` is real or has another shape than ``size`` implies, the rule is missing or
+            out of range, or there is no such value format.
+    """
+    check_complex("pack", "spectrum", spectrum)
+    check_rank("pack", "spectrum", spectrum, 4)
+    if len(size) != 2 or min(size) < 1:
+        fail("pack", "size", tuple(size), "(H, W) of the maps, both at least 1", "pass the size of the spatial maps")
+    height, width = int(size[0]), int(size[1])
+    if tuple(spectrum.shape[2:]) != (height, width // 2 + 1):
+        fail(
+            "pack",
+            "spectrum",
+            spectrum,
+            f"(B, C, {height}, {width // 2 + 1}) for maps of {height}x{width}",
+            "pass torch.fft.rfft2(x, norm='ortho') and size=x.shape[-2:]",
+        )
+    level, fraction = check_rule("pack", threshold, density)
+    name = value_dtype_name("pack", value_dtype, _precision(spectrum))
+    fields = _pack(spectrum, height, width, level, fraction, name, check_workspace("pack", workspace))
+    return PackedSpectrum(*fields, (*spectrum.shape[:2], height, width), name)
+
+
+def unpack(packed: PackedSpectrum) -> Tensor:
+    """The half spectra ``(B, C, H, W // 2 + 1)`` of a packed spectrum; see :meth:`PackedSpectrum.to_dense`."""
+    return check_packed("unpack", "packed", packed).to_dense()
+
+
+def to_spectral(
+    x: Tensor,
+    *,
+    threshold: float | None = None,
+    density: float | None = None,
+    value_dtype: torch.dtype | str | None = None,
+    workspace: int | None = None,
+) -> PackedSpectrum:
+    """Transform maps ``(B, C, H, W)`` and pack their spectra, without ever holding all of the dense spectrum.
+
+    Args:
+        x: real floating-point maps. Half precision is transformed in float32.
+        threshold, density, value_dtype, workspace: as for :func:`pack`.
+
+    Raises:
+        TypeError, ValueError: ``x`` is not four-dimensional and real, or the rule or format is wrong.
+    """
+    check_real_maps("to_spectral", "x", x)
+    level, fraction = check_rule("to_spectral", threshold, density)
+    name = value_dtype_name("to_spectral", value_dtype, _precision(x))
+    fields = _to_spectral(x, level, fraction, name, check_workspace("to_spectral", workspace))
+    return PackedSpectrum(*fields, x.shape, name)
+
+
+def to_spatial(packed: PackedSpectrum, *, workspace: int | None = None) -> Tensor:
+    """The maps ``(B, C, H, W)`` of a packed spectrum, float32 (float64 for complex128).
+
+    Backward needs the pattern only: nothing dense is saved.
+
+    Raises:
+        TypeError: not a packed spectrum.
+    """
+    check_packed("to_spatial", "packed", packed)
+    return _to_spatial(
+        packed.edge,
+        packed.values,
+        packed.scales,
+        packed.bitmap,
+        packed.offsets,
+        list(packed.shape),
+        check_workspace("to_spatial", workspace),
+    )
+
+

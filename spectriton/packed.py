@@ -1,0 +1,292 @@
+"""The packed spectrum: the kept Fourier coefficients of a batch of feature maps, and nothing else.
+
+The format is described in ``docs/packed-format.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectriton._check import check_choice
+from spectriton.frequencies import stored_frequencies
+
+# A chunk of planes is transformed tile by tile, so a tile of planes must stay small beside any workspace.
+_TILE_ELEMENTS = 1 << 18
+_TILE_MIN, _TILE_MAX = 32, 1024
+
+#: Names of the value formats, and the dtype that holds them. Four-bit pairs share a byte.
+VALUE_DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+}
+
+
+def tile_size(batch: int, channels: int, height: int, width: int) -> int:
+    """Coefficients in a tile for maps of this shape: a power of two from 32 to 1024.
+
+    As large as possible while a tile of planes stays small and the padding of a row stays below an eighth of it.
+    """
+    row = batch * channels
+    tile = _TILE_MAX
+    while tile > _TILE_MIN and (tile * height * width > _TILE_ELEMENTS or 8 * (-row % tile) > row):
+        tile //= 2
+    return tile
+
+
+class Layout(NamedTuple):
+    """Sizes that follow from the shape ``(B, C, H, W)`` of the maps alone."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    frequencies: int
+    tile: int
+    tiles: int
+
+    @property
+    def row(self) -> int:
+        """Coefficients in a row (one frequency): ``B * C``."""
+        return self.batch * self.channels
+
+    @property
+    def padded_row(self) -> int:
+        """Length of a row with its last tile padded."""
+        return self.tile * self.tiles
+
+    @property
+    def bitmap_shape(self) -> tuple[int, int, int]:
+        """Shape of the bitmap, ``(F, T, tile / 8)`` bytes."""
+        return self.frequencies, self.tiles, self.tile // 8
+
+
+def layout(shape: tuple[int, ...] | torch.Size | list[int]) -> Layout:
+    """The :class:`Layout` of maps of shape ``(B, C, H, W)``."""
+    batch, channels, height, width = shape
+    tile = tile_size(batch, channels, height, width)
+    return Layout(
+        batch, channels, height, width, stored_frequencies(height, width), tile, -(-batch * channels // tile)
+    )
+
+
+class PackedSpectrum:
+    """Feature maps ``(B, C, H, W)`` held as the Fourier coefficients that passed a threshold.
+
+    What flows between :class:`spectriton.nn.SpecBlock` modules. Made by :func:`spectriton.ops.pack` or
+    :class:`spectriton.nn.ToSpectral`; read back by :meth:`to_dense` or :class:`spectriton.nn.ToSpatial`.
+
+    Attributes:
+        shape: ``(B, C, H, W)`` of the maps.
+        values: ``(N, 2)`` real and imaginary parts of the kept coefficients (``(N,)`` uint8 for ``"int4"``).
+        scales: ``(F, T)`` float32, one per tile, for ``int8`` and ``"int4"`` values; empty otherwise.
+        bitmap: ``(F, T, tile / 8)`` uint8, one bit a coefficient.
+        offsets: ``(F, T)`` int32, where the values of a tile begin.
+        value_dtype: name of the value format, a key of :data:`VALUE_DTYPES`.
+        edge: the differentiable tensor. It has the shape and precision of the gradient, ``(N, 2)``, one element of
+            storage, and carries no values: gradients of packed spectra are packed in the same pattern, in full
+            precision even where the values are 8-bit integers.
+    """
+
+    __slots__ = ("bitmap", "edge", "offsets", "scales", "shape", "value_dtype", "values")
+
+    shape: torch.Size
+    value_dtype: str
+
+    def __init__(
+        self,
+        edge: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        shape: tuple[int, ...] | torch.Size,
+        value_dtype: str,
+    ) -> None:
+        self.edge = edge
+        self.values = values
+        self.scales = scales
+        self.bitmap = bitmap
+        self.offsets = offsets
+        self.shape = torch.Size(shape)
+        self.value_dtype = value_dtype
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Complex dtype of the spectrum: complex64, or complex128."""
+        return torch.complex128 if self.edge.dtype == torch.float64 else torch.complex64
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the values."""
+        return self.values.device
+
+    @property
+    def layout(self) -> Layout:
+        """Sizes of rows and tiles."""
+        return layout(self.shape)
+
+    @property
+    def kept(self) -> int:
+        """Number of coefficients kept, ``N``."""
+        return self.values.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Kept coefficients over independent coefficients, from 0 to 1."""
+        sizes = self.layout
+        return self.kept / max(1, sizes.frequencies * sizes.row)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage: values, scales, bitmap and offsets."""
+        return sum(t.untyped_storage().nbytes() for t in (self.values, self.scales, self.bitmap, self.offsets))
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the same maps, dense and real, in the precision of :attr:`dtype`."""
+        return self.shape.numel() * (self.dtype.itemsize // 2)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow back through this spectrum."""
+        return self.edge.requires_grad
+
+    @property
+    def ndim(self) -> int:
+        """Always 4."""
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """``shape``, or one of its entries."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __repr__(self) -> str:
+        gradient = ", requires_grad=True" if self.requires_grad else ""
+        share = self.nbytes / max(1, self.dense_nbytes)
+        return (
+            f"PackedSpectrum(shape={tuple(self.shape)}, density={self.density:.3f}, "
+            f"{_bytes(self.nbytes)} ({share:.1%} of dense), value_dtype={self.value_dtype}, "
+            f"device='{self.device}'{gradient})"
+        )
+
+    # -- what can be done with it -------------------------------------------------------------------------------
+
+    def to_dense(self) -> Tensor:
+        """The half spectrum ``(B, C, H, W // 2 + 1)`` as of ``rfft2(norm="ortho")``, dropped coefficients zero.
+
+        Differentiable. Conjugate columns are filled in, so ``torch.fft.irfft2(..., s=(H, W), norm="ortho")`` gives
+        the maps.
+        """
+        # By name, not by import: the ops are built on this module.
+        return torch.ops.spectriton.unpack(
+            self.edge, self.values, self.scales, self.bitmap, self.offsets, list(self.shape)
+        )
+
+    def detach(self) -> PackedSpectrum:
+        """The same packed data, cut off from the autograd graph."""
+        return self._replace(edge=self.edge.detach())
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedSpectrum:
+        """Make this spectrum a leaf that gradients are collected for, in ``edge.grad``; returns it."""
+        self.edge.requires_grad_(requires_grad)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> PackedSpectrum:
+        """Move to a device. The value format is fixed when packing, so dtypes are refused.
+
+        Args:
+            *args, **kwargs: a device, and ``non_blocking``, as for :meth:`torch.Tensor.to`.
+
+        Raises:
+            TypeError: a dtype was given.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None:
+            raise TypeError(
+                f"PackedSpectrum.to: dtype got {dtype}, expected a device; "
+                "choose the format when packing: ops.pack(..., value_dtype=...)"
+            )
+        if device is None or device == self.device:
+            return self
+        move = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("edge", "values", "scales", "bitmap", "offsets")
+        }
+        return self._replace(**move)
+
+    def cpu(self) -> PackedSpectrum:
+        """Move to the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: torch.device | int | str = "cuda") -> PackedSpectrum:
+        """Move to a GPU."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device)
+
+    def _replace(self, **changes: Tensor) -> PackedSpectrum:
+        fields = {name: changes.get(name, getattr(self, name)) for name in self.__slots__}
+        return PackedSpectrum(**fields)
+
+    # -- pickling: plain tensors and a tuple, so that torch.load(weights_only=True) can read it -------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The edge is one element seen N times; its precision is all that has to be kept.
+        return {
+            "values": self.values,
+            "scales": self.scales,
+            "bitmap": self.bitmap,
+            "offsets": self.offsets,
+            "shape": tuple(self.shape),
+            "value_dtype": self.value_dtype,
+            "double": self.edge.dtype == torch.float64,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        values = state["values"]
+        precision = torch.float64 if state["double"] else torch.float32
+        self.__init__(  # type: ignore[misc]
+            make_edge(values.shape[0], precision, values.device),
+            values,
+            state["scales"],
+            state["bitmap"],
+            state["offsets"],
+            state["shape"],
+            state["value_dtype"],
+        )
+
+
+def value_dtype_name(op: str, value_dtype: torch.dtype | str | None, precision: torch.dtype) -> str:
+    """The name of a value format given as a dtype, a name, or None for that of ``precision``.
+
+    Raises:
+        ValueError: no such format.
+    """
+    if value_dtype is None:
+        value_dtype = precision
+    name = str(value_dtype).removeprefix("torch.")
+    return check_choice(op, "value_dtype", name, VALUE_DTYPES)
+
+
+def make_edge(kept: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A differentiable ``(kept, 2)`` tensor with a single element of storage; see :class:`PackedSpectrum`."""
+    return torch.zeros(1, dtype=dtype, device=device).expand(kept, 2)
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+torch.serialization.add_safe_globals([PackedSpectrum])

@@ -1,0 +1,158 @@
+"""Figures of a run, with the conditions they were found under. Colours are told apart by the colour-blind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spectriton import environment
+from spectriton.report import conditions
+
+# Okabe and Ito's blue and vermillion; line style and hatching tell the two apart in grey as well. The dashed line lies on
+# top, so that both are seen where they agree.
+_STYLE = {
+    "spatial": {"color": "#0072B2", "linestyle": "--", "marker": "s", "zorder": 4},
+    "spectral": {"color": "#D55E00", "linestyle": "-", "marker": "o", "zorder": 3},
+}
+_GREY = "#555555"
+_MIB = float(1 << 20)
+
+
+def _figure(width: float, height: float) -> Any:
+    # A Figure of its own: pyplot would choose a backend for the whole process and keep the figure alive.
+    return environment.require("matplotlib.figure").Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _finish(figure: Any, title: str, report: Mapping[str, Any], path: Path) -> None:
+    config = report["config"]
+    figure.suptitle(f"{title}: {config['model']} on {config['data']}", fontsize=12, fontweight="bold")
+    figure.supxlabel(conditions(report), fontsize=7, color=_GREY)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _tidy(axes: Any, grid: str = "y") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def draw_curves(report: Mapping[str, Any], path: Path) -> None:
+    """Accuracy and loss against the epoch, for whichever networks the report has.
+
+    Test curves are full, training curves faint. With several seeds the single runs are thin lines behind their mean.
+
+    Args:
+        report: as :func:`spectriton.compare.compare` returns it; one of the two networks may be missing.
+        path: PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(8.0, 3.9)
+    panels = figure.subplots(1, 2)
+    ticker = environment.require("matplotlib.ticker")
+    for axes, quantity, scale, label in (
+        (panels[0], "accuracy", 100.0, "accuracy (%)"),
+        (panels[1], "loss", 1.0, "cross entropy"),
+    ):
+        for variant, style in _STYLE.items():
+            if variant not in report:
+                continue
+            for run in report.get("runs", ()):
+                history = run[variant]["history"]
+                axes.plot(
+                    [record["epoch"] for record in history],
+                    [scale * record[f"test_{quantity}"] for record in history],
+                    color=style["color"],
+                    linewidth=0.6,
+                    alpha=0.5,
+                )
+            history = report[variant]["history"]
+            epochs = [record["epoch"] for record in history]
+            axes.plot(
+                epochs,
+                [scale * record[f"train_{quantity}"] for record in history],
+                color=style["color"],
+                linestyle=":",
+                linewidth=1.2,
+                zorder=style["zorder"],
+                label=f"{variant}, training",
+            )
+            axes.plot(
+                epochs,
+                [scale * record[f"test_{quantity}"] for record in history],
+                label=f"{variant}, test",
+                linewidth=1.8,
+                markersize=4,
+                markevery=max(1, len(epochs) // 12),
+                **style,
+            )
+        axes.set_xlabel("epoch")
+        axes.set_title(label, loc="left", fontsize=10)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+        _tidy(axes, "both")
+    panels[1].set_ylim(bottom=0)
+    panels[1].legend(fontsize=8, frameon=False, handlelength=3.5)
+    _finish(figure, "Training", report, path)
+
+
+def draw_memory(report: Mapping[str, Any], path: Path) -> None:
+    """Memory of one training step of both networks, and the density of each packing block.
+
+    Args:
+        report: as :func:`spectriton.compare.compare` returns it.
+        path: PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    density = report["spectral"].get("density", {})
+    figure = _figure(9.0, max(3.9, 2.2 + 0.22 * len(density)))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    bars = (
+        ("saved for\nbackward", "saved_bytes"),
+        ("average beyond\nstate", "average_beyond_state_bytes"),
+        ("peak beyond\nstate", "peak_beyond_state_bytes"),
+        ("average", "average_bytes"),
+        ("peak", "peak_bytes"),
+    )
+    for offset, variant in ((-0.2, "spatial"), (0.2, "spectral")):
+        heights = [report[variant][key] / _MIB for _, key in bars]
+        drawn = left.bar(
+            [position + offset for position in range(len(bars))],
+            heights,
+            width=0.38,
+            color=_STYLE[variant]["color"],
+            hatch="//" if variant == "spatial" else None,
+            edgecolor="white",
+            linewidth=0,
+            label=variant,
+        )
+        if variant == "spectral":
+            ratios = [report["ratio"][key] for _, key in bars]
+            left.bar_label(
+                drawn, ["" if ratio is None else f"{100 * ratio:.0f} %" for ratio in ratios], padding=2, fontsize=8
+            )
+    left.set_xticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
+    left.set_title("memory of one training step (MiB; % of spatial)", loc="left", fontsize=10)
+    left.legend(frameon=False, fontsize=8, loc="upper left")
+    left.margins(y=0.12)
+    _tidy(left)
+
+    if density:
+        names = list(density)
+        values = [100 * value for value in density.values()]
+        drawn = right.barh(range(len(names)), values, color=_STYLE["spectral"]["color"], height=0.7)
+        right.bar_label(drawn, fmt="%.0f %%", padding=2, fontsize=8)
+        right.set_yticks(range(len(names)), names, fontsize=8)
+        right.set_ylim(max(len(names), 5) - 0.5, -0.5)
+        right.set_xlim(0, 115)
+        right.set_xticks(range(0, 101, 25))
+    else:
+        right.text(0.5, 0.5, "no packing blocks", ha="center", va="center", color=_GREY, transform=right.transAxes)
+        right.set_yticks([])
+    right.set_title("coefficients kept (%)", loc="left", fontsize=10)
+    _tidy(right, "x")
+    _finish(figure, "Memory", report, path)

@@ -1,0 +1,40 @@
+"""Every primitive in plain PyTorch: the CPU path, and what the Triton kernels are held against.
+
+On the CPU a few inner steps go through NumPy, which shares the memory and is several times faster at scanning bits and
+at moduli. The same code runs on a GPU with torch alone.
+"""
+
+from spectriton.reference.channel_mix import channel_mix
+from spectriton.reference.complex_product import complex_product
+from spectriton.reference.kernel_spectrum import (
+    complex_kernel_spectrum,
+    complex_kernel_spectrum_adjoint,
+    kernel_spectrum,
+    kernel_spectrum_adjoint,
+)
+from spectriton.reference.pack import gather_rows, pack_rows
+from spectriton.reference.pattern import RowPattern, row_pattern
+from spectriton.reference.spectral_activation import (
+    ACTIVATIONS,
+    spectral_activation,
+    spectral_activation_backward,
+)
+from spectriton.reference.unpack import unpack_planes, unpack_rows
+
+__all__ = [
+    "ACTIVATIONS",
+    "RowPattern",
+    "channel_mix",
+    "complex_kernel_spectrum",
+    "complex_kernel_spectrum_adjoint",
+    "complex_product",
+    "gather_rows",
+    "kernel_spectrum",
+    "kernel_spectrum_adjoint",
+    "pack_rows",
+    "row_pattern",
+    "spectral_activation",
+    "spectral_activation_backward",
+    "unpack_planes",
+    "unpack_rows",
+]

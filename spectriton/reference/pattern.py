@@ -1,0 +1,82 @@
+"""Which coefficients of a set of rows are kept, as positions: what unpacking and gathering need."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class RowPattern(NamedTuple):
+    """The kept coefficients of a chunk of rows and tiles.
+
+    Attributes:
+        positions: ``(n,)`` int64, where they stand in the flattened chunk ``(Fc, Tc * tile)``, ascending.
+        slots: where they stand in ``values``: a slice where they are contiguous and in order, else ``(n,)`` int64.
+        counts: ``(Fc * Tc,)`` int64, how many there are in each tile.
+    """
+
+    positions: Tensor
+    slots: slice | Tensor
+    counts: Tensor
+
+
+def true_positions(mask: Tensor) -> Tensor:
+    """``(n,)`` int64: flat indices of the True elements of a bool tensor."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return torch.nonzero(mask.flatten()).flatten()
+
+
+def to_bits(mask: Tensor) -> Tensor:
+    """bool ``(..., n)`` to uint8 ``(..., n / 8)``, least significant bit first."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
+    shifts = torch.arange(8, device=mask.device)
+    return (mask.unflatten(-1, (-1, 8)).to(torch.int32) << shifts).sum(-1).to(torch.uint8)
+
+
+def from_bits(bitmap: Tensor) -> Tensor:
+    """uint8 ``(..., n / 8)`` to bool ``(..., n)``: the inverse of :func:`to_bits`."""
+    if bitmap.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(bitmap.numpy(), axis=-1, bitorder="little").view(np.bool_))
+    shifts = torch.arange(8, device=bitmap.device)
+    return ((bitmap.unsqueeze(-1) >> shifts) & 1).flatten(-2).to(torch.bool)
+
+
+def tile_counts(bitmap: Tensor) -> Tensor:
+    """int64 ``(...)``: set bits of each tile of a bitmap ``(..., tile / 8)``."""
+    if bitmap.device.type == "cpu":
+        words = np.bitwise_count(bitmap.contiguous().numpy().view(np.uint32))
+        return torch.from_numpy(words.sum(-1, dtype=np.int64))
+    return from_bits(bitmap).sum(-1)
+
+
+def row_pattern(bitmap: Tensor, offsets: Tensor, rows: Tensor, t0: int, t1: int) -> RowPattern:
+    """The :class:`RowPattern` of frequencies ``rows`` ``(Fc,)`` and tiles ``t0:t1``."""
+    bits = bitmap[rows, t0:t1]
+    starts = offsets[rows, t0:t1].flatten().to(torch.int64)
+    counts = tile_counts(bits).flatten()
+    positions = _kept(bits, int(counts.sum()))
+    running = torch.cumsum(counts, 0) - counts
+    filled = counts > 0
+    shift = (starts - running)[filled]
+    if shift.numel() == 0:
+        return RowPattern(positions, slice(0, 0), counts)
+    first = int(shift[0])
+    if bool((shift == first).all()):
+        return RowPattern(positions, slice(first, first + positions.numel()), counts)
+    slots = torch.arange(positions.numel(), device=rows.device) + torch.repeat_interleave(starts - running, counts)
+    return RowPattern(positions, slots, counts)
+
+
+def _kept(bits: Tensor, count: int) -> Tensor:
+    """Positions of the set bits; sparse bitmaps are scanned byte by byte first."""
+    if bits.device.type != "cpu" or 16 * count > 8 * bits.numel():
+        return true_positions(from_bits(bits))
+    flat = bits.numpy().ravel()
+    filled = np.flatnonzero(flat)
+    within = np.flatnonzero(np.unpackbits(flat[filled], bitorder="little"))
+    return torch.from_numpy((filled[within >> 3] << 3) | (within & 7))
