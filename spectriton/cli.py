@@ -118,6 +118,9 @@ def build_app() -> Any:
     environment.require("rich")
     import typer
 
+    from spectriton import data as data_sets
+    from spectriton import models
+
     app = typer.Typer(
         help="Train CNNs whose feature maps live as packed sparse spectra.",
         epilog=f"With {TRACEBACK_VARIABLE}=1 set, errors show where they come from.",
@@ -128,10 +131,13 @@ def build_app() -> Any:
 
     data_panel, recipe_panel, run_panel = "Network and data", "Recipe (the defaults are the paper's)", "Run"
     Model: TypeAlias = Annotated[
-        str, typer.Option(help="Network: lenet, alexnet, vgg16, densenet, ...", rich_help_panel=data_panel)
+        str, typer.Option(help=f"Network: {', '.join(models.NETWORKS)}.", rich_help_panel=data_panel)
     ]
     Data: TypeAlias = Annotated[
-        str, typer.Option(help="Data set: digits (needs no files) or fashion-mnist.", rich_help_panel=data_panel)
+        str,
+        typer.Option(
+            help=f"Data set: {', '.join(data_sets.names())}; digits needs no files.", rich_help_panel=data_panel
+        ),
     ]
     Threshold: TypeAlias = Annotated[
         float,

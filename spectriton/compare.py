@@ -57,7 +57,7 @@ class CompareConfig:
         train: the recipe.
 
     Raises:
-        ValueError, TypeError: threshold or value_dtype is not usable.
+        ValueError, TypeError: threshold or value_dtype is not usable, or paper and value_dtype contradict each other.
     """
 
     model: str = "lenet"
@@ -74,6 +74,14 @@ class CompareConfig:
     def __post_init__(self) -> None:
         _check.check_threshold("CompareConfig", self.threshold)
         _check.check_choice("CompareConfig", "value_dtype", self.value_dtype, VALUE_DTYPES)
+        if self.paper and self.value_dtype != "float32":
+            _check.fail(
+                "CompareConfig",
+                "value_dtype",
+                repr(self.value_dtype),
+                "'float32' together with paper, which stores float32",
+                "leave out --paper or --value-dtype",
+            )
 
     def load_data(self) -> ImageData:
         """The data; raises as :func:`spectriton.data.load` does."""

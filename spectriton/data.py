@@ -355,7 +355,7 @@ def _fashion_from_hub() -> dict[str, Tensor]:
             f"the four IDX files or the data set {_HUB_NAME}",
             "give --data-dir DIRECTORY with the four files (train-images-idx3-ubyte.gz, ...), or set "
             f"{DATA_DIR_VARIABLE} to it, or install Debian's package dataset-fashion-mnist, or "
-            '"pip install datasets" to fetch it from the hub; --data digits needs no files',
+            'pip install "spectriton[hub]" to fetch it from the hub; --data digits needs no files',
             kind=FileNotFoundError,
         )
 

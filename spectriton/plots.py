@@ -9,8 +9,8 @@ from typing import Any
 from spectriton import environment
 from spectriton.report import conditions
 
-# Okabe and Ito's blue and vermillion; line style and hatching tell the two apart in grey as well. The dashed line lies on
-# top, so that both are seen where they agree.
+# Okabe and Ito's blue and vermillion; line style and hatching tell the two apart in grey as well. The dashed line lies
+# on top, so that both are seen where they agree.
 _STYLE = {
     "spatial": {"color": "#0072B2", "linestyle": "--", "marker": "s", "zorder": 4},
     "spectral": {"color": "#D55E00", "linestyle": "-", "marker": "o", "zorder": 3},
@@ -93,7 +93,7 @@ def draw_curves(report: Mapping[str, Any], path: Path) -> None:
         axes.set_title(label, loc="left", fontsize=10)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
         _tidy(axes, "both")
-    panels[1].set_ylim(bottom=0)
+    panels[1].set_ylim(0, 1.05 * panels[1].get_ylim()[1])
     panels[1].legend(fontsize=8, frameon=False, handlelength=3.5)
     _finish(figure, "Training", report, path)
 
@@ -113,8 +113,8 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     bars = (
         ("saved for\nbackward", "saved_bytes"),
-        ("average beyond\nstate", "average_beyond_state_bytes"),
-        ("peak beyond\nstate", "peak_beyond_state_bytes"),
+        ("average\nbeyond state", "average_beyond_state_bytes"),
+        ("peak\nbeyond state", "peak_beyond_state_bytes"),
         ("average", "average_bytes"),
         ("peak", "peak_bytes"),
     )

@@ -96,8 +96,11 @@ def conditions(report: Mapping[str, Any]) -> str:
     ]
     if config["amp"] != "none":
         parts.append(f"autocast {config['amp']}")
-    if config["train_limit"]:
-        parts.append(f"first {config['train_limit']} training images")
+    if config["image_size"]:
+        parts.append(f"resized to {config['image_size']}x{config['image_size']}")
+    for part in ("train", "test"):
+        if config[f"{part}_limit"]:
+            parts.append(f"first {config[f'{part}_limit']} {part} images")
     device = env["gpu"] if config["device"] == "cuda" else f"CPU, {env['threads']} threads"
     versions = ", ".join(f"{name} {env[name]}" for name in ("spectriton", "torch", "triton") if env[name])
     return "; ".join(parts) + f"\n{device}; {env['backend']} backend; {versions}"

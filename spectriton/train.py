@@ -418,6 +418,9 @@ def train(
     identity = {
         **{key: value for key, value in asdict(config).items() if key not in _FREE_SETTINGS},
         "device": device.type,
+        "train_images": len(data.train_images),
+        "test_images": len(data.test_images),
+        "image_size": data.image_size,
         "data_fingerprint": data.fingerprint(),
         **(checkpoint.identity if checkpoint else {}),
     }

@@ -731,6 +731,28 @@ def test_bad_arguments():
             memory.track("cuda")
 
 
+def test_allocator_figures_by_hand():
+    # What a CUDA block logs, without a device: the ledger knows the state, the allocator everything.
+    ledger = memory._Ledger(torch.device("cuda", 0))
+    weight, gradient = 0, 1
+    ledger.state |= {weight, gradient}
+    ledger.log(memory._PEAK, 100)
+    ledger.log(weight, 100)
+    ledger.log(memory._PEAK, 700)  # workspace of the first op
+    ledger.log(memory._SAMPLE, 400)
+    ledger.log(gradient, 100)
+    ledger.log(memory._PEAK, 750)
+    ledger.log(memory._SAMPLE, 500)
+    ledger.log(gradient, -100)
+    ledger.log(memory._SAMPLE, 300)
+    figures = ledger.figures()
+    assert figures.peak == 750
+    assert figures.average == 400
+    assert figures.state == 200
+    assert figures.peak_beyond_state == 600
+    assert figures.average_beyond_state == round((300 + 300 + 200) / 3)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_follows_the_allocator():

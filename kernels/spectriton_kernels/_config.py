@@ -21,8 +21,8 @@ SPECTRUM_BLOCK = 2048
 
 # kernel_spectrum_adjoint: real accumulators of one (taps, inputs, outputs) block, the frequencies loaded together, the
 # number of programs wanted before the frequencies are no longer split, and the fewest frequencies worth a program.
-ADJOINT_BLOCK = 2048
-ADJOINT_UNROLL = 4
+ADJOINT_BLOCK = 4096
+ADJOINT_UNROLL = 2
 ADJOINT_PROGRAMS = 1024
 ADJOINT_MIN_FREQUENCIES = 32
 
@@ -49,9 +49,9 @@ def row_block(columns: int, itemsize: int, most_columns: int | None = None) -> t
     return total // block_columns, block_columns
 
 
-def tile_warps(tile: int) -> int:
-    """Warps for a program that handles one tile: eight coefficients a thread, at least one warp."""
-    return max(1, min(4, tile // 256))
+def tile_warps(tile: int, itemsize: int) -> int:
+    """Warps for a program that handles one tile of dense data: 64 bytes a thread (128 or less in small tiles)."""
+    return max(1, min(8, tile * 2 * itemsize // 2048))
 
 
 def spectrum_block(frequencies: int, inputs: int, outputs: int, itemsize: int) -> tuple[int, int, int]:

@@ -13,9 +13,8 @@ def load_kept(bitmap_ptr, i_tile, TILE: tl.constexpr):
         i_tile: int64 number of the tile, row * T + tile.
         TILE: coefficients of a tile.
     """
-    o_bit = tl.arange(0, TILE)
-    b_byte = tl.load(bitmap_ptr + i_tile * (TILE // 8) + o_bit // 8)
-    return (b_byte.to(tl.int32) >> (o_bit % 8)) & 1
+    b_byte = tl.load(bitmap_ptr + i_tile * (TILE // 8) + tl.arange(0, TILE // 8)).to(tl.int32)
+    return tl.reshape((b_byte[:, None] >> tl.arange(0, 8)[None, :]) & 1, [TILE])
 
 
 @triton.jit

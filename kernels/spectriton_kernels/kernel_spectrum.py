@@ -133,6 +133,7 @@ def kernel_spectrum_adjoint_kernel(
     o_i = i_input * BLOCK_I + tl.arange(0, BLOCK_I)
     o_o = i_output * BLOCK_O + tl.arange(0, BLOCK_O)
     o_column = i_output * (2 * BLOCK_O) + tl.arange(0, 2 * BLOCK_O)
+    o_basis = i_taps * (2 * BLOCK_K) + tl.arange(0, 2 * BLOCK_K)
     m_k = o_k < taps
     m_grad = (o_i < inputs)[:, None] & (o_column < 2 * outputs)[None, :]
     o_grad = (i_group * (2 * inputs) + 2 * o_i)[:, None] * (2 * outputs) + o_column[None, :]
@@ -154,9 +155,9 @@ def kernel_spectrum_adjoint_kernel(
             b_lower = tl.load(p_grad + 2 * outputs, mask=m_grad & m_f, other=0.0).to(b_acc.dtype)
             re_re, re_im = tl.split(tl.reshape(b_upper, [BLOCK_I, BLOCK_O, 2]))
             im_re, im_im = tl.split(tl.reshape(b_lower, [BLOCK_I, BLOCK_O, 2]))
-            p_basis = basis_ptr + (i_f * taps + o_k) * 2
-            basis_re = tl.load(p_basis, mask=m_k & m_f, other=0.0).to(b_acc.dtype)
-            basis_im = tl.load(p_basis + 1, mask=m_k & m_f, other=0.0).to(b_acc.dtype)
+            p_basis = basis_ptr + i_f * (2 * taps) + o_basis
+            b_basis = tl.load(p_basis, mask=(o_basis < 2 * taps) & m_f, other=0.0).to(b_acc.dtype)
+            basis_re, basis_im = tl.split(tl.reshape(b_basis, [BLOCK_K, 2]))
             b_acc += basis_re[:, None, None] * (re_re + im_im)[None, :, :]
             b_acc += basis_im[:, None, None] * (re_im - im_re)[None, :, :]
 
@@ -223,7 +224,7 @@ def plan_kernel_spectrum_adjoint(
         "BLOCK_K": block_k,
         "BLOCK_I": block_i,
         "BLOCK_O": block_o,
-        "UNROLL": ADJOINT_UNROLL,
+        "UNROLL": 1 if wide else ADJOINT_UNROLL,
         "num_warps": STREAM_WARPS,
     }
     target = out if partial is None else partial

@@ -190,7 +190,7 @@ def plan_pack_rows(
         "HAS_THRESHOLDS": thresholds is not None,
         "HAS_SCALE": scale is not None,
         "TILE": tile,
-        "num_warps": tile_warps(tile),
+        "num_warps": tile_warps(tile, y.element_size()),
     }
     args = (
         y.contiguous(),
@@ -256,7 +256,7 @@ def plan_gather_rows(
     require_float_values(out)
     tile, row_tiles, chunk_tiles = tile_geometry(bitmap, y)
     args = (y.contiguous(), rows, bitmap, offsets, out, t0, chunk_tiles, row_tiles)
-    meta = {"TILE": tile, "num_warps": tile_warps(tile)}
+    meta = {"TILE": tile, "num_warps": tile_warps(tile, y.element_size())}
     return Launch(gather_rows_kernel, (rows.shape[0] * chunk_tiles,), args, meta)
 
 

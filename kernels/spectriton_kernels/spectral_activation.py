@@ -105,6 +105,32 @@ def atan(x):
 
 
 @triton.jit
+def sine_cosine(a):
+    """(sin a, cos a) for 0 <= a <= pi/2 (and the rounding beyond): minimax polynomials on half of the range.
+
+    tl.sin and tl.cos would bring the reduction of huge arguments along, which needs local memory.
+    """
+    swap = a > 0.7853981633974483
+    if a.dtype == tl.float64:
+        other = (1.5707963267948966 - a) + 6.123233995736766e-17
+        u = tl.where(swap, other, a)
+        z = u * u
+        s = 2.755731610161787444e-6 + z * (-2.505113165023518147e-8 + z * 1.591811526326597519e-10)
+        s = -1.666666666666666462e-1 + z * (8.333333333330947294e-3 + z * (-1.984126983675677253e-4 + z * s))
+        c = -2.755731727114514596e-7 + z * (2.087614614655861158e-9 + z * -1.138262364747460463e-11)
+        c = 4.166666666666666539e-2 + z * (-1.388888888888739649e-3 + z * (2.480158729876456077e-5 + z * c))
+    else:
+        other = (1.57079637 - a) + -4.37113883e-8
+        u = tl.where(swap, other, a)
+        z = u * u
+        s = -1.66666646617e-1 + z * (8.33274815408e-3 + z * -1.95878657021e-4)
+        c = 4.16666646589e-2 + z * (-1.38883029191e-3 + z * 2.45479168537e-5)
+    s = u + u * z * s
+    c = 1.0 - 0.5 * z + z * z * c
+    return tl.where(swap, c, s), tl.where(swap, s, c)
+
+
+@triton.jit
 def activate(x, KIND: tl.constexpr):
     """h(x) of a float32 or float64 block."""
     if KIND == "tanh":
@@ -144,9 +170,9 @@ def derivative(q, KIND: tl.constexpr):
         slope = 2.0 * e / (1.0 + e * e)
         rest = q - tanh(q)
     elif KIND == "atan":
-        c = tl.cos(q)
+        s, c = sine_cosine(a)
         slope = c * c
-        rest = q - tl.sin(q) * c
+        rest = tl.where(q < 0, s * c - a, a - s * c)
     else:
         tl.static_assert(KIND == "identity", "unknown activation")
         # s h(x / s) = x whatever s is

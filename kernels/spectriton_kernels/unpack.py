@@ -123,21 +123,26 @@ def unpack_planes_kernel(
     o_real = o_first * 2 + tl.arange(0, 2 * BLOCK_S)
     m_real = o_real < 2 * positions
     o_plane = tl.arange(0, BLOCK_P)
+    o_part = tl.arange(0, 2)[None, None, :]
     for i_block in range(TILE // BLOCK_P):
         # planes run along the last dimension here, which neighbouring threads share: their values are contiguous
-        o_bit = i_block * BLOCK_P + o_plane
-        p_byte = bitmap_ptr + o_tile[:, None] * (TILE // 8) + (o_bit // 8)[None, :]
-        m_byte = m_position[:, None] & (o_bit < TILE)[None, :]
-        b_byte = tl.load(p_byte, mask=m_byte, other=0)
-        b_kept = (b_byte.to(tl.int32) >> (o_bit % 8)[None, :]) & 1
+        o_byte = i_block * (BLOCK_P // 8) + tl.arange(0, BLOCK_P // 8)
+        p_byte = bitmap_ptr + o_tile[:, None] * (TILE // 8) + o_byte[None, :]
+        m_byte = m_position[:, None] & (o_byte < TILE // 8)[None, :]
+        b_byte = tl.load(p_byte, mask=m_byte, other=0).to(tl.int32)
+        b_bits = (b_byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        b_kept = tl.reshape(b_bits, [BLOCK_S, BLOCK_P])
         o_kept = o_value[:, None] + tl.cumsum(b_kept, axis=1) - b_kept
-        p_value = values_ptr + o_kept * 2
-        b_re = tl.load(p_value, mask=b_kept != 0, other=0.0).to(factor.dtype) * factor[:, None]
-        b_im = tl.load(p_value + 1, mask=b_kept != 0, other=0.0).to(factor.dtype) * factor_im[:, None]
+        # pairs, so that each coefficient is one access
+        p_value = values_ptr + o_kept[:, :, None] * 2 + o_part
+        b_pair = tl.load(p_value, mask=(b_kept != 0)[:, :, None] & (o_part < 2), other=0.0).to(factor.dtype)
+        b_re, b_im = tl.split(b_pair)
+        b_re = tl.trans(b_re * factor[:, None])
+        b_im = tl.trans(b_im * factor_im[:, None])
         o_value += tl.sum(b_kept, axis=1)
 
-        b_out = tl.reshape(tl.join(tl.trans(b_re), tl.trans(b_im)), [BLOCK_P, 2 * BLOCK_S])
-        i_plane = i_tile * TILE + o_bit
+        b_out = tl.reshape(tl.join(b_re, b_im), [BLOCK_P, 2 * BLOCK_S])
+        i_plane = i_tile * TILE + i_block * BLOCK_P + o_plane
         p_out = out_ptr + i_plane[:, None] * (2 * positions) + o_real[None, :]
         m_out = (i_plane < count)[:, None] & m_real[None, :]
         tl.store(p_out, convert(b_out, out_ptr), mask=m_out)
@@ -160,7 +165,7 @@ def plan_unpack_rows(
     tile, row_tiles, chunk_tiles = tile_geometry(bitmap, out)
     assert chunk_tiles == t1 - t0 and out.shape[0] == rows.shape[0], "out must have the shape of the chunk"
     args = (values, bitmap, offsets, rows, out, t0, chunk_tiles, row_tiles)
-    meta = {"TILE": tile, "num_warps": tile_warps(tile)}
+    meta = {"TILE": tile, "num_warps": tile_warps(tile, out.element_size())}
     return Launch(unpack_rows_kernel, (rows.shape[0] * chunk_tiles,), args, meta)
 
 

@@ -109,6 +109,7 @@ def _(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace
 def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
     spectrum, height, width, _, _, _, workspace = inputs
     ctx.shape, ctx.workspace, ctx.dtype = [*spectrum.shape[:2], height, width], workspace, spectrum.dtype
+    ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
     ctx.save_for_backward(output[3], output[4])
 
 
@@ -221,6 +222,7 @@ def _(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace
 def _to_spectral_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
     x, _, _, _, workspace = inputs
     ctx.shape, ctx.workspace, ctx.dtype = list(x.shape), workspace, x.dtype
+    ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
     ctx.save_for_backward(output[3], output[4])
 
 

@@ -276,6 +276,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
     _, values, scales, bitmap, offsets, weight, bias, activation_scale, shape, groups, _, _, kind, _, workspace = inputs
     ctx.shape, ctx.groups, ctx.kind, ctx.workspace = shape, groups, kind, workspace
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
     # The output is the next block's input: both save the same tensors, so one packed copy a block is held.
     ctx.save_for_backward(values, scales, bitmap, offsets, *output[1:], weight, activation_scale)
 

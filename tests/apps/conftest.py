@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from spectriton import models
 from spectriton.data import ImageData
@@ -13,7 +15,16 @@ from spectriton.data import ImageData
 # The stand-ins are imported by name from the tests, and from a process that one of them starts.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from apps_standins import made_up_data, tiny_network  # noqa: E402
+from apps_standins import made_up_data, tiny_network
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny networks on one thread: faster on a busy machine, and the same sums in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

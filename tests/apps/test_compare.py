@@ -121,17 +121,18 @@ def test_twins_start_alike(fake_models: list[dict[str, object]], data: ImageData
 
 
 def test_options_reach_the_networks(fake_models: list[dict[str, object]], data: ImageData) -> None:
-    config = dataclasses.replace(CONFIG, value_dtype="int4", paper=True)
+    sc.build_network(dataclasses.replace(CONFIG, paper=True), data, "spectral")
+    config = dataclasses.replace(CONFIG, value_dtype="int4")
     sc.build_network(config, data, "spatial")
     sc.build_network(config, data, "spectral")
     sc.build_network(dataclasses.replace(CONFIG, value_dtype="int8"), data, "spectral")
     sc.build_network(CONFIG, data, "spectral")
-    assert [call.get("value_dtype") for call in fake_models] == [None, "int4", torch.int8, None]
-    assert [call["paper"] for call in fake_models] == [True, True, False, False]
+    assert [call.get("value_dtype") for call in fake_models] == [None, None, "int4", torch.int8, None]
+    assert [call["paper"] for call in fake_models] == [True, False, False, False, False]
     assert {call["image_size"] for call in fake_models} == {8}
 
 
-@pytest.mark.parametrize("kill", [("spatial", 1), ("spatial", 2), ("spectral", 1)])
+@pytest.mark.parametrize("kill", [("spatial", 2), ("spectral", 1)])
 def test_a_comparison_goes_on_where_it_was_cut_short(
     tmp_path: Path,
     finished: tuple[Path, dict[str, Any]],
@@ -219,7 +220,12 @@ def test_missing_matplotlib_is_found_before_training(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [({"threshold": -1.0}, "threshold"), ({"value_dtype": "int16"}, "did you mean 'int8'|int4")]
+    ("change", "said"),
+    [
+        ({"threshold": -1.0}, "threshold"),
+        ({"value_dtype": "int16"}, "value_dtype.*'int8'"),
+        ({"value_dtype": "int8", "paper": True}, "--paper"),
+    ],
 )
 def test_bad_settings_are_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -279,3 +285,19 @@ def test_figures_of_networks_without_packing_blocks(tmp_path: Path, finished: tu
     del result["spectral"]["density"]
     plots.draw_memory(result, tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 1000
+
+
+def test_a_real_spectral_network_resumes_exactly_and_saves_less(tmp_path: Path) -> None:
+    config = CompareConfig(
+        threshold=0.5, train_limit=64, test_limit=16, train=TrainConfig(epochs=2, batch_size=32, device="cpu")
+    )
+    data = config.load_data()
+    whole = sc.train_variant(config, "spectral", tmp_path / "whole", data=data)
+    with pytest.raises(Killed):
+        sc.train_variant(config, "spectral", tmp_path / "cut", data=data, progress=Watch(("spectral", 1)))
+    assert lasting(sc.train_variant(config, "spectral", tmp_path / "cut", data=data)) == lasting(whole)
+    states = [torch.load(tmp_path / run / "spectral.pt", weights_only=True)["model"] for run in ("whole", "cut")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert len(whole["density"]) >= 3 and all(0 < density < 1 for density in whole["density"].values())
+    spatial = sc.measure_step(sc.build_network(config, data, "spatial"), data, config.train)
+    assert whole["saved_bytes"] < 0.5 * spatial["saved_bytes"]

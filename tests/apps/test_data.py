@@ -117,7 +117,13 @@ def test_fashion_mnist_from_the_hub(monkeypatch: pytest.MonkeyPatch, nowhere: No
 def test_fashion_mnist_nowhere_names_every_way(nowhere: None) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         sd.load("fashion-mnist")
-    for way in ("--data-dir", sd.DATA_DIR_VARIABLE, "dataset-fashion-mnist", "pip install datasets", "--data digits"):
+    for way in (
+        "--data-dir",
+        sd.DATA_DIR_VARIABLE,
+        "dataset-fashion-mnist",
+        'pip install "spectriton[hub]"',
+        "--data digits",
+    ):
         assert way in str(caught.value)
 
 

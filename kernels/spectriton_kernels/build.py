@@ -1,0 +1,239 @@
+"""Builds every kernel ahead of time, without a GPU: `python -m spectriton_kernels.build`.
+
+Each example of the registry is compiled for NVIDIA (sm_80, sm_90, sm_100) and AMD (gfx942) and what came out is read
+back from the machine code: registers, bytes of stack, instructions that touch local (spilled) memory, and 128-bit
+accesses to global memory. The exit status is 1 where something spills or an access that must be wide is not.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ._launch import Launch
+from .registry import Example, examples
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+ALIGNMENT = 16
+
+
+@dataclass
+class Built:
+    """What the compiler made of one example for one target.
+
+    Attributes:
+        example, target, kernel: names.
+        registers: registers of a thread (vector registers on AMD).
+        stack: bytes of local memory of a thread (scratch on AMD).
+        spills: instructions that load from or store to local memory (spilled registers on AMD).
+        shared: bytes of shared memory of a block.
+        wide_loads, wide_stores: 128-bit instructions that load from or store to global memory.
+        loads, stores: all instructions that do.
+        problems: what is not as it must be.
+    """
+
+    example: str
+    target: str
+    kernel: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    wide_loads: int
+    wide_stores: int
+    loads: int
+    stores: int
+    problems: list[str]
+
+
+def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """The source with the types, constants and hints Triton derives when it runs `launch`, and the compiler options.
+
+    Rules of Triton's launcher: None and the integer 1 become constants; integers and addresses divisible by 16 are
+    marked so; integers are 32 bits where they fit; on AMD tensors below 2 GiB are marked for buffer instructions.
+    """
+    kernel = launch.kernel
+    names = [parameter.name for parameter in kernel.params]
+    values = dict(zip(names, launch.args, strict=False)) | {k: v for k, v in launch.meta.items() if k in names}
+    options = {k: v for k, v in launch.meta.items() if k not in names}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    hints: dict[tuple[int], list[list[Any]]] = {}
+    for number, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if parameter.is_constexpr or value is None or (is_integer and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(number,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPE_NAMES[value.dtype]
+            hint = [["tt.divisibility", ALIGNMENT]] if value.data_ptr() % ALIGNMENT == 0 else []
+            if target.backend == "hip" and value.untyped_storage().nbytes() < 2**31:
+                hint.append(["tt.pointer_range", 32])
+            if hint:
+                hints[(number,)] = hint
+        elif is_integer:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % ALIGNMENT == 0:
+                hints[(number,)] = [["tt.divisibility", ALIGNMENT]]
+        else:
+            assert isinstance(value, float), f"{parameter.name}: no rule for {type(value)}"
+            signature[parameter.name] = parameter.annotation_type or "fp32"
+    return ASTSource(kernel, signature, constants, hints), options
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _read_nvidia(asm: dict[str, Any]) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _run(_tool("cuobjdump"), "-res-usage", file.name)
+        sass = _run(_tool("nvdisasm"), "-c", file.name)
+    resource = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    # opcode with its modifiers, after an optional predicate
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+    assert opcodes, "nvdisasm printed no instructions"
+    loads = [opcode for opcode in opcodes if re.match(r"LDG\b", opcode)]
+    stores = [opcode for opcode in opcodes if re.match(r"STG\b", opcode)]
+    return {
+        "registers": resource["REG"],
+        "stack": resource["STACK"] + resource["LOCAL"],
+        "spills": sum(1 for opcode in opcodes if re.match(r"(LDL|STL)\b", opcode)),
+        "wide_loads": sum(1 for opcode in loads if ".128" in opcode),
+        "wide_stores": sum(1 for opcode in stores if ".128" in opcode),
+        "loads": len(loads),
+        "stores": len(stores),
+    }
+
+
+def _read_amd(asm: dict[str, Any]) -> dict[str, int]:
+    text = asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"^\s*\.{name}:\s+(\d+)", text, re.MULTILINE)
+        assert found, f"no {name} in the metadata"
+        return int(found.group(1))
+
+    loads = re.findall(r"^\s*((?:global|buffer)_load_\w+)", text, re.MULTILINE)
+    stores = re.findall(r"^\s*((?:global|buffer)_store_\w+)", text, re.MULTILINE)
+    return {
+        "registers": field("vgpr_count"),
+        "stack": field("private_segment_fixed_size"),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "wide_loads": sum(1 for opcode in loads if opcode.endswith("dwordx4")),
+        "wide_stores": sum(1 for opcode in stores if opcode.endswith("dwordx4")),
+        "loads": len(loads),
+        "stores": len(stores),
+    }
+
+
+def build(example: Example, target_name: str) -> Built:
+    """Compiles one example for one target and reads the machine code."""
+    target = TARGETS[target_name]
+    launch = example.plan()
+    source, options = specialise(launch, target)
+    compiled = triton.compile(source, target=target, options=options)
+    found = _read_nvidia(compiled.asm) if target.backend == "cuda" else _read_amd(compiled.asm)
+    problems = []
+    if found["spills"]:
+        problems.append("spills")
+    if target.backend == "cuda" and example.wide_loads and not found["wide_loads"]:
+        problems.append("no 128-bit load")
+    if target.backend == "cuda" and example.wide_stores and not found["wide_stores"]:
+        problems.append("no 128-bit store")
+    return Built(
+        example=example.name,
+        target=target_name,
+        kernel=launch.kernel.__name__,
+        shared=compiled.metadata.shared,
+        problems=problems,
+        **found,
+    )
+
+
+def table(builds: Sequence[Built]) -> str:
+    """One line a build, as text."""
+    head = ("example", "target", "regs", "stack", "spills", "shared", "ld.128", "st.128", "problems")
+    lines = [
+        (
+            b.example,
+            b.target,
+            str(b.registers),
+            str(b.stack),
+            str(b.spills),
+            str(b.shared),
+            f"{b.wide_loads}/{b.loads}",
+            f"{b.wide_stores}/{b.stores}",
+            ", ".join(b.problems),
+        )
+        for b in builds
+    ]
+    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
+    texts = (2, 8)  # the rest are numbers, to the right
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < texts[0] or column == texts[1] else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [head, *lines]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m spectriton_kernels.build", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="may be repeated; default: all")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only examples whose name contains TEXT")
+    given = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
+    begin = time.perf_counter()
+    targets = given.target or list(TARGETS)
+    builds = [build(example, target) for example in examples() if given.only in example.name for target in targets]
+    seconds = time.perf_counter() - begin
+    if given.json:
+        report = {"triton": triton.__version__, "seconds": round(seconds, 1), "builds": [asdict(b) for b in builds]}
+        print(json.dumps(report, indent=1))
+    else:
+        print(table(builds))
+        print(f"{len(builds)} builds in {seconds:.0f} s with triton {triton.__version__}")
+    return 1 if any(b.problems for b in builds) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

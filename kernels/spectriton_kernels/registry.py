@@ -1,0 +1,237 @@
+"""Example launches of every kernel, for ahead-of-time builds.
+
+Each example plans a launch on meta tensors, at a size and dtype that users have: dtypes, constexprs, block sizes and
+what Triton specialises on (alignment, ones, None) are those of the real call.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from ._launch import Launch
+from .complex_product import plan_complex_product
+from .kernel_spectrum import plan_kernel_spectrum, plan_kernel_spectrum_adjoint
+from .pack import plan_gather_rows, plan_pack_rows
+from .spectral_activation import KINDS, plan_spectral_activation, plan_spectral_activation_backward
+from .unpack import plan_unpack_planes, plan_unpack_rows
+
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+SHORT_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+# A layer of 64 channels on 32 x 32 maps, 128 samples.
+BATCH, CHANNELS, HEIGHT, WIDTH, HALF_WIDTH = 128, 64, 32, 32, 17
+FREQUENCIES = 514
+ROW = BATCH * CHANNELS
+CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Example:
+    """A launch to build.
+
+    Attributes:
+        name: launcher and what is special about the call.
+        plan: makes the launch (nothing is allocated, nothing runs).
+        wide_loads, wide_stores: 128-bit accesses to global memory are required.
+    """
+
+    name: str
+    plan: Callable[[], Launch]
+    wide_loads: bool = False
+    wide_stores: bool = False
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _feature_map(dtype: torch.dtype) -> torch.Tensor:
+    return _meta(BATCH, CHANNELS, HEIGHT, HALF_WIDTH, dtype=COMPLEX[dtype])
+
+
+def _pattern(tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bitmap, offsets)."""
+    tiles = ROW // tile
+    return (
+        _meta(FREQUENCIES, tiles, tile // 8, dtype=torch.uint8),
+        _meta(FREQUENCIES, tiles, dtype=torch.int32),
+    )
+
+
+def _rows() -> torch.Tensor:
+    return _meta(CHUNK, dtype=torch.int64)
+
+
+def _grid() -> SimpleNamespace:
+    mirrored = HEIGHT * HALF_WIDTH - FREQUENCIES
+    return SimpleNamespace(
+        index=_meta(FREQUENCIES, dtype=torch.int64),
+        mirror_index=_meta(mirrored, dtype=torch.int64),
+        mirror_row=_meta(mirrored, dtype=torch.int64),
+    )
+
+
+def _pack(
+    dtype: torch.dtype = torch.float32,
+    value_dtype: torch.dtype = torch.float32,
+    kind: str = "tanh",
+    tile: int = 1024,
+    per_channel: bool = False,
+) -> Launch:
+    bitmap, offsets = _pattern(tile)
+    return plan_pack_rows(
+        _meta(CHUNK, ROW, 2, dtype=dtype),
+        ROW,
+        _meta(CHANNELS) if per_channel else 0.5,
+        _rows(),
+        0,
+        bitmap,
+        offsets,
+        _meta(FREQUENCIES * ROW // 4, 2, dtype=value_dtype),
+        _meta(1, dtype=torch.int64),
+        kind,
+        _meta(CHANNELS) if per_channel else None,
+        CHANNELS,
+    )
+
+
+def _gather(dtype: torch.dtype) -> Launch:
+    bitmap, offsets = _pattern(1024)
+    out = _meta(FREQUENCIES * ROW // 4, 2, dtype=dtype)
+    return plan_gather_rows(_meta(CHUNK, ROW, 2, dtype=dtype), bitmap, offsets, _rows(), 0, out)
+
+
+def _unpack_rows(value_dtype: torch.dtype, dtype: torch.dtype, tile: int = 1024) -> Launch:
+    bitmap, offsets = _pattern(tile)
+    values = _meta(FREQUENCIES * ROW // 4, 2, dtype=value_dtype)
+    out = _meta(CHUNK, ROW, 2, dtype=dtype)
+    return plan_unpack_rows(values, None, bitmap, offsets, _rows(), 0, ROW // tile, out)
+
+
+def _unpack_planes(value_dtype: torch.dtype, dtype: torch.dtype, row_scale: bool = False) -> Launch:
+    bitmap, offsets = _pattern(1024)
+    values = _meta(FREQUENCIES * ROW // 4, 2, dtype=value_dtype)
+    out = _meta(2048, HEIGHT, HALF_WIDTH, 2, dtype=dtype)
+    factors = _meta(FREQUENCIES) if row_scale else None
+    return plan_unpack_planes(values, None, bitmap, offsets, _grid(), 0, 2, 2048, factors, out)
+
+
+def _spectrum(
+    dtype: torch.dtype, out_dtype: torch.dtype, kernel: int, inputs: int, outputs: int, groups: int
+) -> Launch:
+    weight = _meta(outputs, inputs // groups, kernel, kernel, dtype=dtype)
+    basis = _meta(FREQUENCIES, kernel * kernel, 2, dtype=dtype)
+    out = _meta(FREQUENCIES, groups, 2 * inputs // groups, 2 * outputs // groups, dtype=out_dtype)
+    return plan_kernel_spectrum(weight, basis, groups, out)
+
+
+def _adjoint(
+    dtype: torch.dtype, grad_dtype: torch.dtype, kernel: int, inputs: int, outputs: int, groups: int
+) -> Launch:
+    out = _meta(outputs, inputs // groups, kernel, kernel, dtype=dtype)
+    basis = _meta(FREQUENCIES, kernel * kernel, 2, dtype=dtype)
+    grad = _meta(FREQUENCIES, groups, 2 * inputs // groups, 2 * outputs // groups, dtype=grad_dtype)
+    return plan_kernel_spectrum_adjoint(grad, basis, groups, out)[0]
+
+
+def examples() -> list[Example]:
+    """Every kernel in the configurations that matter."""
+    single, double, half, brain = torch.float32, torch.float64, torch.float16, torch.bfloat16
+    found: list[Example] = []
+
+    def add(name: str, plan: Callable[..., Launch], *args: object, loads: bool = False, stores: bool = False) -> None:
+        found.append(Example(name, lambda: plan(*args), loads, stores))
+
+    for dtype in (single, double):
+        short = SHORT_NAMES[dtype]
+        x, scale = _feature_map(dtype), _meta(CHANNELS, dtype=dtype)
+        column = _meta(CHUNK * BATCH, CHANNELS, dtype=COMPLEX[dtype])
+        for conj in (False, True):
+            suffix = " conj" if conj else ""
+            add(
+                f"complex_product {short}{suffix}",
+                lambda x, conj: plan_complex_product(x, x, conj)[0],
+                x,
+                conj,
+                loads=True,
+                stores=True,
+            )
+        for name, w in (("(C, 1, 1)", x[0, :, :1, :1]), ("(C, H, Wh)", x[0]), ("transposed", x.mT.contiguous().mT)):
+            add(f"complex_product {short} {name}", lambda x, w: plan_complex_product(x, w)[0], x, w)
+        for kind in KINDS if dtype is single else ("tanh", "atan"):
+            add(
+                f"spectral_activation {short} {kind}",
+                lambda x, kind: plan_spectral_activation(x, kind)[0],
+                x,
+                kind,
+                loads=True,
+                stores=True,
+            )
+            add(
+                f"spectral_activation_backward {short} {kind}",
+                lambda x, kind: plan_spectral_activation_backward(x, x, kind)[0],
+                x,
+                kind,
+                loads=True,
+                stores=True,
+            )
+        for name, z in (("maps", x), ("rows", column)):
+            add(
+                f"spectral_activation {short} tanh scale {name}",
+                lambda z, scale: plan_spectral_activation(z, "tanh", scale)[0],
+                z,
+                scale,
+                loads=True,
+                stores=True,
+            )
+            add(
+                f"spectral_activation_backward {short} tanh scale {name}",
+                lambda z, scale: plan_spectral_activation_backward(z, z, "tanh", scale)[0],
+                z,
+                scale,
+                loads=True,
+                stores=True,
+            )
+
+    for value_dtype in (single, half, brain):
+        add(f"pack_rows fp32 to {SHORT_NAMES[value_dtype]} tanh", _pack, single, value_dtype, loads=True)
+    add("pack_rows bf16 to bf16 tanh", _pack, brain, brain, loads=True)
+    add("pack_rows fp64 to fp64 tanh", _pack, double, double, loads=True)
+    add("pack_rows fp32 to fp32 identity", _pack, single, single, "identity", loads=True)
+    add("pack_rows fp32 to fp32 atan", _pack, single, single, "atan", loads=True)
+    add("pack_rows fp32 to fp32 tanh tile 64", _pack, single, single, "tanh", 64, loads=True)
+    add("pack_rows fp32 to fp32 tanh per channel", _pack, single, single, "tanh", 1024, True, loads=True)
+    for dtype in (single, double, half, brain):
+        add(f"gather_rows {SHORT_NAMES[dtype]}", _gather, dtype, loads=True)
+    for pair in ((single, single), (double, double), (brain, brain), (half, single), (single, brain)):
+        short = " to ".join(SHORT_NAMES[dtype] for dtype in pair)
+        add(f"unpack_rows {short}", _unpack_rows, *pair, stores=True)
+    add("unpack_rows fp32 to fp32 tile 64", _unpack_rows, single, single, 64, stores=True)
+    for pair in ((single, single), (double, double), (brain, single)):
+        add(f"unpack_planes {' to '.join(SHORT_NAMES[dtype] for dtype in pair)}", _unpack_planes, *pair)
+    add("unpack_planes fp32 to fp32 row_scale", _unpack_planes, single, single, True)
+
+    layer = (CHANNELS, CHANNELS, 1)
+    for pair in ((single, single), (single, brain), (single, half), (double, double)):
+        short = " to ".join(SHORT_NAMES[dtype] for dtype in pair)
+        add(f"kernel_spectrum {short} 3x3", _spectrum, *pair, 3, *layer)
+    add("kernel_spectrum fp32 to fp32 11x11 3 inputs", _spectrum, single, single, 11, 3, 96, 1)
+    add("kernel_spectrum fp32 to fp32 3x3 depthwise", _spectrum, single, single, 3, CHANNELS, CHANNELS, CHANNELS)
+    for pair in ((single, single), (single, brain), (double, double)):
+        short = " from ".join(SHORT_NAMES[dtype] for dtype in pair)
+        add(f"kernel_spectrum_adjoint {short} 3x3", _adjoint, *pair, 3, *layer)
+    add("kernel_spectrum_adjoint fp32 from fp32 3x3 wide", _adjoint, single, single, 3, 512, 512, 1)
+    add("kernel_spectrum_adjoint fp32 from fp32 11x11 3 inputs", _adjoint, single, single, 11, 3, 96, 1)
+    add(
+        "kernel_spectrum_adjoint fp32 from fp32 3x3 depthwise",
+        _adjoint,
+        single,
+        single,
+        3,
+        CHANNELS,
+        CHANNELS,
+        CHANNELS,
+    )
+    return found

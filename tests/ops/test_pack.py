@@ -1,0 +1,158 @@
+"""Packing as differentiable ops, on both backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from spectriton import ops
+from tests import oracles
+
+SHAPES = [(2, 3, 8, 8), (1, 1, 5, 7), (2, 20, 4, 3), (1, 2, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("workspace", [None, 1])
+def test_maps_to_packed_and_back(backend: str, device: torch.device, shape: tuple[int, ...], workspace: int | None):
+    x = torch.randn(shape, dtype=torch.float64, device=device)
+    packed = ops.to_spectral(x, threshold=0.0, workspace=workspace)
+    torch.testing.assert_close(ops.to_spatial(packed, workspace=workspace), x)
+    packed = ops.to_spectral(x, threshold=0.9, workspace=workspace)
+    expected = oracles.masked(torch.fft.rfft2(x, norm="ortho"), 0.9)
+    torch.testing.assert_close(packed.to_dense(), expected)
+    torch.testing.assert_close(ops.unpack(packed), expected)
+    back = ops.to_spatial(packed, workspace=workspace)
+    torch.testing.assert_close(back, torch.fft.irfft2(expected, s=shape[2:], norm="ortho"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("workspace", [None, 1])
+def test_gradients_equal_those_of_dense_masks(
+    backend: str, device: torch.device, shape: tuple[int, ...], workspace: int | None
+):
+    x = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+    grad_maps = torch.randn(shape, dtype=torch.float64, device=device)
+    packed = ops.to_spectral(x, threshold=0.9, workspace=workspace)
+    dense = oracles.masked(torch.fft.rfft2(x, norm="ortho"), 0.9)
+    expected = torch.autograd.grad(
+        torch.fft.irfft2(dense, s=shape[2:], norm="ortho"), x, grad_maps, retain_graph=True
+    )
+    got = torch.autograd.grad(ops.to_spatial(packed, workspace=workspace), x, grad_maps, retain_graph=True)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+    # Through the dense half spectrum: real maps cannot tell its redundant columns apart.
+    through_dense = torch.fft.irfft2(packed.to_dense(), s=shape[2:], norm="ortho")
+    torch.testing.assert_close(
+        torch.autograd.grad(through_dense, x, grad_maps), expected, rtol=0, atol=1e-10
+    )
+
+
+def test_gradcheck_of_packing(backend: str, device: torch.device):
+    x = torch.randn(2, 2, 4, 3, dtype=torch.float64, device=device, requires_grad=True)
+    assert gradcheck(lambda t: ops.to_spatial(ops.to_spectral(t, threshold=0.6)), (x,))
+    spectrum = torch.randn(1, 2, 4, 3, dtype=torch.complex128, device=device, requires_grad=True)
+    assert gradcheck(lambda t: ops.pack(t, size=(4, 4), threshold=0.6).to_dense(), (spectrum,))
+
+
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_gradients_ignore_rounding_of_values(value_dtype: str):
+    """Values may be rounded to integers; what flows back is exact and in full precision."""
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    grad = torch.randn(2, 3, 6, 6)
+    (plain,) = torch.autograd.grad(ops.to_spatial(ops.to_spectral(x, threshold=0.5)), x, grad)
+    rounded = ops.to_spectral(x, threshold=0.5, value_dtype=value_dtype)
+    torch.testing.assert_close(torch.autograd.grad(ops.to_spatial(rounded), x, grad)[0], plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_maps_are_transformed_in_single(dtype: torch.dtype):
+    x = torch.randn(2, 3, 6, 6).to(dtype).requires_grad_()
+    packed = ops.to_spectral(x, threshold=0.0)
+    assert packed.dtype == torch.complex64
+    back = ops.to_spatial(packed)
+    torch.testing.assert_close(back, x.float())
+    back.sum().backward()
+    assert x.grad is not None and x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("layout_of", ["channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("workspace", [None, 1])
+def test_maps_of_any_strides(layout_of: str, workspace: int | None):
+    x = torch.randn(40, 5, 6, 7, dtype=torch.float64)
+    other = {
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "sliced": torch.randn(40, 10, 6, 7, dtype=torch.float64)[:, ::2],
+    }[layout_of]
+    packed = ops.to_spectral(other, threshold=0.3, workspace=workspace)
+    torch.testing.assert_close(packed.to_dense(), oracles.masked(torch.fft.rfft2(other, norm="ortho"), 0.3))
+
+
+def test_values_stand_in_row_order_however_many_chunks():
+    x = torch.randn(200, 3, 6, 6)
+    one, many = ops.to_spectral(x, threshold=0.5), ops.to_spectral(x, threshold=0.5, workspace=1)
+    for name in ("values", "bitmap", "offsets"):
+        torch.testing.assert_close(getattr(one, name), getattr(many, name), rtol=0, atol=1e-6)
+
+
+def test_empty_batch():
+    x = torch.randn(0, 3, 4, 4, requires_grad=True)
+    packed = ops.to_spectral(x, threshold=0.5)
+    assert packed.kept == 0 and packed.density == 0.0
+    ops.to_spatial(packed).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def arguments(name: str) -> tuple[object, ...]:
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    packed = ops.to_spectral(x.detach(), threshold=0.5).requires_grad_()
+    fields = (packed.edge, packed.values, packed.scales, packed.bitmap, packed.offsets, list(packed.shape))
+    return {
+        "pack": (torch.fft.rfft2(x.detach()).requires_grad_(), 5, 6, 0.5, -1.0, "int8", 0),
+        "unpack": fields,
+        "to_spectral": (x, 0.5, -1.0, "float64", 0),
+        "to_spatial": (*fields, 0),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["pack", "unpack", "to_spectral", "to_spatial"])
+def test_opcheck(name: str):
+    torch.library.opcheck(getattr(torch.ops.spectriton, name).default, arguments(name))
+
+
+BAD = [
+    (lambda: ops.pack(torch.randn(2, 3, 4, 3), size=(4, 4), threshold=0.5), TypeError, "expected a complex tensor"),
+    (lambda: ops.pack(torch.zeros(3, 4, 3, dtype=torch.cfloat), size=(4, 4), threshold=1), ValueError, "4 dimensions"),
+    (lambda: ops.pack(torch.zeros(1, 3, 4, 4, dtype=torch.cfloat), size=(4, 4), threshold=1), ValueError, "4x4"),
+    (lambda: ops.pack(torch.zeros(1, 3, 4, 3, dtype=torch.cfloat), size=(4, 4)), ValueError, "got neither"),
+    (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=0.5, density=0.2), ValueError, "got both"),
+    (lambda: ops.to_spectral(torch.randn(3, 4, 4), threshold=0.5), ValueError, "4 dimensions"),
+    (lambda: ops.to_spectral(torch.zeros(1, 3, 4, 4, dtype=torch.cfloat), threshold=0.5), TypeError, "real"),
+    (lambda: ops.to_spectral(torch.zeros(1, 3, 4, 4, dtype=torch.int64), threshold=0.5), TypeError, r"\.float\(\)"),
+    (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=-0.5), ValueError, "not negative"),
+    (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=float("nan")), ValueError, "got nan"),
+    (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), density=1.5), ValueError, "fraction from 0 to 1"),
+    (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=1, value_dtype="int5"), ValueError, "did you mean"),
+    (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=1, workspace=0), ValueError, "positive number of bytes"),
+    (lambda: ops.to_spatial(torch.randn(1, 3, 4, 4)), TypeError, "ToSpectral"),
+    (lambda: ops.unpack(torch.randn(1, 3, 4, 4)), TypeError, "expected a PackedSpectrum"),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "text"), BAD)
+def test_bad_input(call, kind: type[Exception], text: str):
+    with pytest.raises(kind, match=text):
+        call()
+
+
+def test_unknown_backend(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPECTRITON_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="SPECTRITON_BACKEND got 'cuda', expected one of auto, triton, reference"):
+        ops.to_spectral(torch.randn(1, 1, 4, 4), threshold=0.0)
+
+
+def test_unusable_workspace_setting(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPECTRITON_WORKSPACE_MIB", "-3")
+    with pytest.raises(ValueError, match="SPECTRITON_WORKSPACE_MIB got '-3'"):
+        ops.to_spectral(torch.randn(1, 1, 4, 4), threshold=0.0)
