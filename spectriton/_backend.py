@@ -72,6 +72,8 @@ class ReferenceBackend:
     pack_rows = staticmethod(reference.pack_rows)
     unpack_rows = staticmethod(reference.unpack_rows)
     gather_rows = staticmethod(reference.gather_rows)
+    gather_planes = staticmethod(reference.gather_planes)
+    pack_planes = staticmethod(reference.pack_planes)
     unpack_planes = staticmethod(reference.unpack_planes)
 
     @staticmethod
@@ -123,8 +125,12 @@ class ReferenceBackend:
         if kind != "identity":
             tile_scales = scales[rows] if scales.numel() else scales
             output = read_values(values, scales, pattern, tile_scales, out.dtype)
-            channel = pattern.positions % out.shape[1] % channels if scale is not None else None
-            of_kept = scale[channel][:, None].to(out.dtype) if scale is not None else None
+            of_kept = channel = None
+            if scale is not None:
+                # Laid out once and looked up: cheaper than a remainder for each coefficient.
+                channels_of_row = torch.arange(out.shape[1], dtype=torch.int32, device=out.device) % channels
+                channel = channels_of_row.expand(out.shape[0], -1).reshape(-1).index_select(0, pattern.positions)
+                of_kept = scale.index_select(0, channel)[:, None].to(out.dtype)
             kept, terms = activate_backward(kept, output, kind, of_kept)
             if terms is not None and channel is not None:
                 grad_scale = torch.zeros(channels, dtype=out.dtype, device=out.device)
@@ -180,6 +186,41 @@ class TritonBackend:
     ) -> Tensor:
         """As the reference's."""
         return self._kernels.gather_rows(y, bitmap, offsets, rows, t0, out)
+
+    def pack_planes(
+        self,
+        half: Tensor,
+        grid: FrequencyGrid,
+        threshold: float,
+        t0: int,
+        bitmap: Tensor,
+        offsets: Tensor,
+        values: Tensor,
+        cursor: Tensor,
+        scales: Tensor | None = None,
+    ) -> None:
+        """As the reference's, through frequency-major rows."""
+        chunk = _rows_of_half(half, grid, bitmap.shape[2] * 8)
+        rows = torch.arange(grid.count, device=half.device)
+        length = t0 * bitmap.shape[2] * 8 + half.shape[0]
+        self.pack_rows(chunk, length, threshold, rows, t0, bitmap, offsets, values, cursor, scales=scales)
+
+    def gather_planes(
+        self,
+        half: Tensor,
+        grid: FrequencyGrid,
+        bitmap: Tensor,
+        offsets: Tensor,
+        t0: int,
+        row_scale: Tensor | None,
+        out: Tensor,
+    ) -> Tensor:
+        """As the reference's, through frequency-major rows."""
+        chunk = _rows_of_half(half, grid, bitmap.shape[2] * 8)
+        if row_scale is not None:
+            chunk *= row_scale.to(chunk.dtype)[:, None, None]
+        rows = torch.arange(grid.count, device=half.device)
+        return self.gather_rows(chunk, bitmap, offsets, rows, t0, out)
 
     def unpack_planes(
         self,
@@ -256,6 +297,12 @@ class TritonBackend:
         product, grad_scale = self.spectral_activation_backward(*batched, kind, scale.to(out.dtype))
         torch.view_as_complex(out)[:, :row] = product.view(out.shape[0], row)
         return grad_scale
+
+
+def _rows_of_half(half: Tensor, grid: FrequencyGrid, tile: int) -> Tensor:
+    """Half spectra ``(n, H, Wh)`` to pairs ``(F, padded, 2)``, padded to whole tiles."""
+    rows = torch.view_as_real(half.flatten(1).T[grid.index])
+    return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % tile))
 
 
 def _by_group(chunk: Tensor, groups: int) -> Tensor:

@@ -4,9 +4,8 @@ import torch
 
 # Elementwise kernels: bytes of one operand a program reads. 8 KiB are four 128-bit loads for each of 128 threads.
 STREAM_BYTES = 8192
-STREAM_WARPS = 4
 
-# Row kernels: bytes of a two-dimensional block.
+# Row kernels: bytes of one operand's two-dimensional block.
 ROW_BYTES = 8192
 # Shorter rows are gathered into longer ones where a kernel can, and the columns it then takes at a time.
 ROW_MIN_COLUMNS = 64
@@ -15,14 +14,15 @@ COLUMN_SUM_BLOCK = 128
 # unpack_planes: planes and half-spectrum positions a program transposes at once.
 PLANES_BLOCK = 32
 POSITIONS_BLOCK = 32
+PLANES_WARPS = 4
 
 # kernel_spectrum: complex weights of one (frequencies, inputs, outputs) block.
 SPECTRUM_BLOCK = 2048
+SPECTRUM_WARPS = 4
 
-# kernel_spectrum_adjoint: real accumulators of one (taps, inputs, outputs) block, the frequencies loaded together, the
-# number of programs wanted before the frequencies are no longer split, and the fewest frequencies worth a program.
+# kernel_spectrum_adjoint: real accumulators of one (taps, inputs, outputs) block, the number of
+# programs wanted before the frequencies are no longer split, and the fewest frequencies worth a program.
 ADJOINT_BLOCK = 4096
-ADJOINT_UNROLL = 2
 ADJOINT_PROGRAMS = 1024
 ADJOINT_MIN_FREQUENCIES = 32
 
@@ -40,6 +40,11 @@ def next_power_of_2(n: int) -> int:
 def stream_block(dtype: torch.dtype) -> int:
     """Real elements a program of an elementwise kernel handles."""
     return STREAM_BYTES // dtype.itemsize
+
+
+def stream_warps(dtype: torch.dtype) -> int:
+    """Warps of a program that handles `STREAM_BYTES` or a row block: more for float64, whose maths fill registers."""
+    return 8 if dtype == torch.float64 else 4
 
 
 def row_block(columns: int, itemsize: int, most_columns: int | None = None) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,17 +164,31 @@ def _read_amd(asm: dict[str, Any]) -> dict[str, int]:
 
 def build(example: Example, target_name: str) -> Built:
     """Compiles one example for one target and reads the machine code."""
-    target = TARGETS[target_name]
-    launch = example.plan()
-    source, options = specialise(launch, target)
-    compiled = triton.compile(source, target=target, options=options)
-    found = _read_nvidia(compiled.asm) if target.backend == "cuda" else _read_amd(compiled.asm)
+    return next(iter(build_all([example], [target_name])))
+
+
+def build_all(chosen: Sequence[Example], target_names: Sequence[str]) -> list[Built]:
+    """Compiles each example for each target; machine code is read in the background meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = []
+        for example in chosen:
+            launch = example.plan()
+            for target_name in target_names:
+                source, options = specialise(launch, TARGETS[target_name])
+                compiled = triton.compile(source, target=TARGETS[target_name], options=options)
+                pending.append(pool.submit(_read, example, target_name, launch, compiled))
+        return [future.result() for future in pending]
+
+
+def _read(example: Example, target_name: str, launch: Launch, compiled: Any) -> Built:
+    is_nvidia = TARGETS[target_name].backend == "cuda"
+    found = _read_nvidia(compiled.asm) if is_nvidia else _read_amd(compiled.asm)
     problems = []
     if found["spills"]:
         problems.append("spills")
-    if target.backend == "cuda" and example.wide_loads and not found["wide_loads"]:
+    if is_nvidia and example.wide_loads and not found["wide_loads"]:
         problems.append("no 128-bit load")
-    if target.backend == "cuda" and example.wide_stores and not found["wide_stores"]:
+    if is_nvidia and example.wide_stores and not found["wide_stores"]:
         problems.append("no 128-bit store")
     return Built(
         example=example.name,
@@ -219,12 +234,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="may be repeated; default: all")
     parser.add_argument("--only", default="", metavar="TEXT", help="only examples whose name contains TEXT")
+    parser.add_argument("--core", action="store_true", help="only the examples that stand for their kernels")
     given = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
     begin = time.perf_counter()
     targets = given.target or list(TARGETS)
-    builds = [build(example, target) for example in examples() if given.only in example.name for target in targets]
+    chosen = [e for e in examples() if given.only in e.name and (e.core or not given.core)]
+    builds = build_all(chosen, targets)
     seconds = time.perf_counter() - begin
     if given.json:
         report = {"triton": triton.__version__, "seconds": round(seconds, 1), "builds": [asdict(b) for b in builds]}

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import STREAM_WARPS, ceil_div, row_block, stream_block
+from ._config import ceil_div, row_block, stream_block, stream_warps
 from ._launch import Launch
 
 ROW_DIMS = 4  # dimensions a row number is decomposed into, the column dimension comes on top
@@ -209,7 +209,7 @@ def plan_complex_product(x: torch.Tensor, w: torch.Tensor, conj_w: bool = False)
 
     if not sizes or (len(sizes) == 1 and x_strides == w_strides == [1]):
         block = stream_block(out_real.dtype)
-        meta = {**flags, "BLOCK": block, "num_warps": STREAM_WARPS}
+        meta = {**flags, "BLOCK": block, "num_warps": stream_warps(out_real.dtype)}
         length = out_real.numel()
         return Launch(complex_product_kernel, (ceil_div(length, block),), (x_real, w_real, out_real, length), meta), out
 
@@ -226,7 +226,7 @@ def plan_complex_product(x: torch.Tensor, w: torch.Tensor, conj_w: bool = False)
         "W_MODE": _mode(w_strides[-1]),
         "BLOCK_R": block_rows,
         "BLOCK_C": block_columns,
-        "num_warps": STREAM_WARPS,
+        "num_warps": stream_warps(out_real.dtype),
     }
     grid = (ceil_div(rows, block_rows) * ceil_div(columns, block_columns),)
     args = (x_real, w_real, out_real, rows, columns, *sizes[1:-1], *x_strides, *w_strides)

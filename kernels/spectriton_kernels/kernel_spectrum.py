@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import ADJOINT_UNROLL, STREAM_WARPS, adjoint_block, adjoint_splits, ceil_div, spectrum_block
+from ._config import SPECTRUM_WARPS, adjoint_block, adjoint_splits, ceil_div, spectrum_block
 from ._device import convert
 from ._launch import Launch
 
@@ -97,7 +97,6 @@ def kernel_spectrum_adjoint_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """Gradient of a block of taps, inputs and outputs of one group, over one split of the frequencies.
 
@@ -114,7 +113,6 @@ def kernel_spectrum_adjoint_kernel(
         ADD: add to `out` instead of overwriting it.
         WIDE: accumulate in float64 instead of float32.
         BLOCK_K, BLOCK_I, BLOCK_O: taps, inputs and outputs a program handles.
-        UNROLL: frequencies whose loads are issued together.
     """
     i_program = tl.program_id(0).to(tl.int64)
     n_output_blocks = tl.cdiv(outputs, BLOCK_O)
@@ -144,22 +142,19 @@ def kernel_spectrum_adjoint_kernel(
     else:
         b_acc = tl.zeros([BLOCK_K, BLOCK_I, BLOCK_O], tl.float32)
     i_begin = i_split * split_frequencies
-    n_steps = tl.cdiv(split_frequencies, UNROLL)
-    for i_step in range(n_steps):
-        for i_unrolled in tl.static_range(UNROLL):
-            i_local = i_step * UNROLL + i_unrolled
-            i_f = i_begin + i_local
-            m_f = (i_local < split_frequencies) & (i_f < frequencies)
-            p_grad = grad_ptr + i_f * grad_stride + o_grad
-            b_upper = tl.load(p_grad, mask=m_grad & m_f, other=0.0).to(b_acc.dtype)
-            b_lower = tl.load(p_grad + 2 * outputs, mask=m_grad & m_f, other=0.0).to(b_acc.dtype)
-            re_re, re_im = tl.split(tl.reshape(b_upper, [BLOCK_I, BLOCK_O, 2]))
-            im_re, im_im = tl.split(tl.reshape(b_lower, [BLOCK_I, BLOCK_O, 2]))
-            p_basis = basis_ptr + i_f * (2 * taps) + o_basis
-            b_basis = tl.load(p_basis, mask=(o_basis < 2 * taps) & m_f, other=0.0).to(b_acc.dtype)
-            basis_re, basis_im = tl.split(tl.reshape(b_basis, [BLOCK_K, 2]))
-            b_acc += basis_re[:, None, None] * (re_re + im_im)[None, :, :]
-            b_acc += basis_im[:, None, None] * (re_im - im_re)[None, :, :]
+    n_frequencies = tl.minimum(frequencies - i_begin, split_frequencies)
+    for i_local in range(n_frequencies):
+        i_f = i_begin + i_local
+        p_grad = grad_ptr + i_f * grad_stride + o_grad
+        b_upper = tl.load(p_grad, mask=m_grad, other=0.0).to(b_acc.dtype)
+        b_lower = tl.load(p_grad + 2 * outputs, mask=m_grad, other=0.0).to(b_acc.dtype)
+        re_re, re_im = tl.split(tl.reshape(b_upper, [BLOCK_I, BLOCK_O, 2]))
+        im_re, im_im = tl.split(tl.reshape(b_lower, [BLOCK_I, BLOCK_O, 2]))
+        p_basis = basis_ptr + i_f * (2 * taps) + o_basis
+        b_basis = tl.load(p_basis, mask=o_basis < 2 * taps, other=0.0).to(b_acc.dtype)
+        basis_re, basis_im = tl.split(tl.reshape(b_basis, [BLOCK_K, 2]))
+        b_acc += basis_re[:, None, None] * (re_re + im_im)[None, :, :]
+        b_acc += basis_im[:, None, None] * (re_im - im_re)[None, :, :]
 
     o_channel = ((i_split * groups + i_group) * outputs + o_o)[None, :] * inputs + o_i[:, None]
     p_out = out_ptr + o_channel[None, :, :] * taps + o_k[:, None, None]
@@ -177,7 +172,7 @@ def plan_kernel_spectrum(weight: torch.Tensor, basis: torch.Tensor, groups: int,
     assert out.shape == (frequencies, groups, 2 * inputs, 2 * outputs) and out.is_contiguous()
     wide = torch.float64 in (weight.dtype, basis.dtype)
     block_f, block_i, block_o = spectrum_block(frequencies, inputs, outputs, 8 if wide else 4)
-    meta = {"WIDE": wide, "BLOCK_F": block_f, "BLOCK_I": block_i, "BLOCK_O": block_o, "num_warps": STREAM_WARPS}
+    meta = {"WIDE": wide, "BLOCK_F": block_f, "BLOCK_I": block_i, "BLOCK_O": block_o, "num_warps": SPECTRUM_WARPS}
     args = (weight.contiguous(), basis.contiguous(), out, frequencies, groups, inputs, outputs, taps)
     programs = ceil_div(frequencies, block_f) * groups * ceil_div(inputs, block_i) * ceil_div(outputs, block_o)
     return Launch(kernel_spectrum_kernel, (programs,), args, meta)
@@ -224,8 +219,7 @@ def plan_kernel_spectrum_adjoint(
         "BLOCK_K": block_k,
         "BLOCK_I": block_i,
         "BLOCK_O": block_o,
-        "UNROLL": 1 if wide else ADJOINT_UNROLL,
-        "num_warps": STREAM_WARPS,
+        "num_warps": SPECTRUM_WARPS,
     }
     target = out if partial is None else partial
     args = (

@@ -7,6 +7,7 @@ what Triton specialises on (alignment, ones, None) are those of the real call.
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -35,12 +36,18 @@ class Example:
         name: launcher and what is special about the call.
         plan: makes the launch (nothing is allocated, nothing runs).
         wide_loads, wide_stores: 128-bit accesses to global memory are required.
+        core: one of the few that stand for their kernel where building all would take too long.
     """
 
     name: str
     plan: Callable[[], Launch]
     wide_loads: bool = False
     wide_stores: bool = False
+    core: bool = False
+
+
+def _arrow(dtypes: tuple[torch.dtype, torch.dtype], word: str = "to") -> str:
+    return f" {word} ".join(SHORT_NAMES[dtype] for dtype in dtypes)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -136,69 +143,58 @@ def _adjoint(
     return plan_kernel_spectrum_adjoint(grad, basis, groups, out)[0]
 
 
+# The few examples that stand for their kernels where building all of them for every target would take too long.
+CORE = frozenset(
+    {
+        "complex_product fp32",
+        "complex_product fp32 (C, 1, 1)",
+        "spectral_activation fp32 asinh scale maps",
+        "spectral_activation_backward fp32 tanh",
+        "spectral_activation_backward fp64 tanh scale rows",
+        "pack_rows fp64 to fp64 tanh",
+        "pack_rows bf16 to bf16 tanh",
+        "gather_rows fp32",
+        "unpack_rows fp32 to fp32",
+        "unpack_planes fp32 to fp32",
+        "kernel_spectrum fp32 to bf16 3x3",
+        "kernel_spectrum_adjoint fp32 from fp32 3x3",
+    }
+)
+
+
 def examples() -> list[Example]:
     """Every kernel in the configurations that matter."""
     single, double, half, brain = torch.float32, torch.float64, torch.float16, torch.bfloat16
     found: list[Example] = []
 
     def add(name: str, plan: Callable[..., Launch], *args: object, loads: bool = False, stores: bool = False) -> None:
-        found.append(Example(name, lambda: plan(*args), loads, stores))
+        found.append(Example(name, lambda: plan(*args), loads, stores, name in CORE))
+
+    def add_stream(name: str, plan: Callable[..., tuple[Any, ...]], *args: object) -> None:
+        # these planners return (launch, what it fills, ..), and read and write everything in wide accesses
+        add(name, lambda *args: plan(*args)[0], *args, loads=True, stores=True)
 
     for dtype in (single, double):
         short = SHORT_NAMES[dtype]
         x, scale = _feature_map(dtype), _meta(CHANNELS, dtype=dtype)
-        column = _meta(CHUNK * BATCH, CHANNELS, dtype=COMPLEX[dtype])
-        for conj in (False, True):
-            suffix = " conj" if conj else ""
-            add(
-                f"complex_product {short}{suffix}",
-                lambda x, conj: plan_complex_product(x, x, conj)[0],
-                x,
-                conj,
-                loads=True,
-                stores=True,
-            )
+        rows = _meta(CHUNK * BATCH, CHANNELS, dtype=COMPLEX[dtype])
+        add_stream(f"complex_product {short}", plan_complex_product, x, x, False)
+        add_stream(f"complex_product {short} conj", plan_complex_product, x, x, True)
         for name, w in (("(C, 1, 1)", x[0, :, :1, :1]), ("(C, H, Wh)", x[0]), ("transposed", x.mT.contiguous().mT)):
-            add(f"complex_product {short} {name}", lambda x, w: plan_complex_product(x, w)[0], x, w)
-        for kind in KINDS if dtype is single else ("tanh", "atan"):
-            add(
-                f"spectral_activation {short} {kind}",
-                lambda x, kind: plan_spectral_activation(x, kind)[0],
-                x,
-                kind,
-                loads=True,
-                stores=True,
-            )
-            add(
-                f"spectral_activation_backward {short} {kind}",
-                lambda x, kind: plan_spectral_activation_backward(x, x, kind)[0],
-                x,
-                kind,
-                loads=True,
-                stores=True,
-            )
-        for name, z in (("maps", x), ("rows", column)):
-            add(
-                f"spectral_activation {short} tanh scale {name}",
-                lambda z, scale: plan_spectral_activation(z, "tanh", scale)[0],
-                z,
-                scale,
-                loads=True,
-                stores=True,
-            )
-            add(
-                f"spectral_activation_backward {short} tanh scale {name}",
-                lambda z, scale: plan_spectral_activation_backward(z, z, "tanh", scale)[0],
-                z,
-                scale,
-                loads=True,
-                stores=True,
-            )
+            add(f"complex_product {short} {name}", lambda *args: plan_complex_product(*args)[0], x, w)
+        for kind in KINDS:
+            add_stream(f"spectral_activation {short} {kind}", plan_spectral_activation, x, kind)
+            add_stream(f"spectral_activation_backward {short} {kind}", plan_spectral_activation_backward, x, x, kind)
+        for name, z, kind in (("maps", x, "asinh"), ("maps", x, "atan"), ("maps", x, "tanh"), ("rows", rows, "tanh")):
+            suffix = f"{short} {kind} scale {name}"
+            add_stream(f"spectral_activation {suffix}", plan_spectral_activation, z, kind, scale)
+            add_stream(f"spectral_activation_backward {suffix}", plan_spectral_activation_backward, z, z, kind, scale)
+    large = _meta(2**31, dtype=torch.complex64)  # lengths that need 64 bits
+    add_stream("complex_product fp32 large", plan_complex_product, large, large)
+    add_stream("spectral_activation fp32 tanh large", plan_spectral_activation, large, "tanh")
 
-    for value_dtype in (single, half, brain):
-        add(f"pack_rows fp32 to {SHORT_NAMES[value_dtype]} tanh", _pack, single, value_dtype, loads=True)
-    add("pack_rows bf16 to bf16 tanh", _pack, brain, brain, loads=True)
-    add("pack_rows fp64 to fp64 tanh", _pack, double, double, loads=True)
+    for pair in ((single, single), (single, half), (single, brain), (brain, brain), (double, double)):
+        add(f"pack_rows {_arrow(pair)} tanh", _pack, *pair, loads=True)
     add("pack_rows fp32 to fp32 identity", _pack, single, single, "identity", loads=True)
     add("pack_rows fp32 to fp32 atan", _pack, single, single, "atan", loads=True)
     add("pack_rows fp32 to fp32 tanh tile 64", _pack, single, single, "tanh", 64, loads=True)
@@ -206,32 +202,20 @@ def examples() -> list[Example]:
     for dtype in (single, double, half, brain):
         add(f"gather_rows {SHORT_NAMES[dtype]}", _gather, dtype, loads=True)
     for pair in ((single, single), (double, double), (brain, brain), (half, single), (single, brain)):
-        short = " to ".join(SHORT_NAMES[dtype] for dtype in pair)
-        add(f"unpack_rows {short}", _unpack_rows, *pair, stores=True)
+        add(f"unpack_rows {_arrow(pair)}", _unpack_rows, *pair, stores=True)
     add("unpack_rows fp32 to fp32 tile 64", _unpack_rows, single, single, 64, stores=True)
     for pair in ((single, single), (double, double), (brain, single)):
-        add(f"unpack_planes {' to '.join(SHORT_NAMES[dtype] for dtype in pair)}", _unpack_planes, *pair)
+        add(f"unpack_planes {_arrow(pair)}", _unpack_planes, *pair)
     add("unpack_planes fp32 to fp32 row_scale", _unpack_planes, single, single, True)
 
-    layer = (CHANNELS, CHANNELS, 1)
+    dense, narrow, depthwise = (CHANNELS, CHANNELS, 1), (3, 96, 1), (CHANNELS, CHANNELS, CHANNELS)
     for pair in ((single, single), (single, brain), (single, half), (double, double)):
-        short = " to ".join(SHORT_NAMES[dtype] for dtype in pair)
-        add(f"kernel_spectrum {short} 3x3", _spectrum, *pair, 3, *layer)
-    add("kernel_spectrum fp32 to fp32 11x11 3 inputs", _spectrum, single, single, 11, 3, 96, 1)
-    add("kernel_spectrum fp32 to fp32 3x3 depthwise", _spectrum, single, single, 3, CHANNELS, CHANNELS, CHANNELS)
+        add(f"kernel_spectrum {_arrow(pair)} 3x3", _spectrum, *pair, 3, *dense)
+    add("kernel_spectrum fp32 to fp32 11x11 3 inputs", _spectrum, single, single, 11, *narrow)
+    add("kernel_spectrum fp32 to fp32 3x3 depthwise", _spectrum, single, single, 3, *depthwise)
     for pair in ((single, single), (single, brain), (double, double)):
-        short = " from ".join(SHORT_NAMES[dtype] for dtype in pair)
-        add(f"kernel_spectrum_adjoint {short} 3x3", _adjoint, *pair, 3, *layer)
-    add("kernel_spectrum_adjoint fp32 from fp32 3x3 wide", _adjoint, single, single, 3, 512, 512, 1)
-    add("kernel_spectrum_adjoint fp32 from fp32 11x11 3 inputs", _adjoint, single, single, 11, 3, 96, 1)
-    add(
-        "kernel_spectrum_adjoint fp32 from fp32 3x3 depthwise",
-        _adjoint,
-        single,
-        single,
-        3,
-        CHANNELS,
-        CHANNELS,
-        CHANNELS,
-    )
+        add(f"kernel_spectrum_adjoint {_arrow(pair, 'from')} 3x3", _adjoint, *pair, 3, *dense)
+    add("kernel_spectrum_adjoint fp32 from fp32 3x3 512 channels", _adjoint, single, single, 3, 512, 512, 1)
+    add("kernel_spectrum_adjoint fp32 from fp32 11x11 3 inputs", _adjoint, single, single, 11, *narrow)
+    add("kernel_spectrum_adjoint fp32 from fp32 3x3 depthwise", _adjoint, single, single, 3, *depthwise)
     return found

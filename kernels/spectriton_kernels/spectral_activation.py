@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import COLUMN_SUM_BLOCK, ROW_MIN_COLUMNS, STREAM_WARPS, ceil_div, row_block, stream_block
+from ._config import COLUMN_SUM_BLOCK, ROW_MIN_COLUMNS, ceil_div, row_block, stream_block, stream_warps
 from ._launch import Launch
 
 KINDS = ("identity", "tanh", "softsign", "asinh", "atan")
@@ -325,7 +325,7 @@ def plan_spectral_activation(
     inner = 1 if scale is None else math.prod(x_real.shape[2:])
     assert scale is None or scale.shape == (channels,), "scale must have one element a channel"
     block = stream_block(x_real.dtype)
-    meta = {"KIND": kind, "HAS_SCALE": scale is not None, "BLOCK": block, "num_warps": STREAM_WARPS}
+    meta = {"KIND": kind, "HAS_SCALE": scale is not None, "BLOCK": block, "num_warps": stream_warps(x_real.dtype)}
     args = (
         x_real,
         None if scale is None else scale.contiguous(),
@@ -364,7 +364,7 @@ def plan_spectral_activation_backward(
     grad_x_real = torch.view_as_real(grad_x)
     if scale is None:
         block = stream_block(z_real.dtype)
-        meta = {"KIND": kind, "BLOCK": block, "num_warps": STREAM_WARPS}
+        meta = {"KIND": kind, "BLOCK": block, "num_warps": stream_warps(z_real.dtype)}
         launch = Launch(
             spectral_activation_backward_kernel,
             (ceil_div(z_real.numel(), block),),
@@ -389,7 +389,7 @@ def plan_spectral_activation_backward(
         "BY_COLUMN": by_column,
         "BLOCK_R": block_rows,
         "BLOCK_C": block_columns,
-        "num_warps": STREAM_WARPS,
+        "num_warps": stream_warps(z_real.dtype),
     }
     args = (grad_real, z_real, scale.contiguous(), grad_x_real, partial, rows, columns, inner, channels)
     launch = Launch(spectral_activation_scale_backward_kernel, (row_blocks * column_blocks,), args, meta)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import PLANES_BLOCK, POSITIONS_BLOCK, ceil_div, next_power_of_2, tile_warps
+from ._config import PLANES_BLOCK, PLANES_WARPS, POSITIONS_BLOCK, ceil_div, next_power_of_2, tile_warps
 from ._device import convert, load_kept
 from ._launch import Launch
 from .pack import require_float_values, tile_geometry
@@ -201,7 +201,7 @@ def plane_source(grid: Grid, positions: int) -> torch.Tensor:
     """`(positions,)` int32: the row stored for each half-spectrum position, or -1 - row where its conjugate stands."""
     source = torch.empty(positions, dtype=torch.int32, device=grid.index.device)
     source[grid.index] = torch.arange(grid.index.shape[0], dtype=torch.int32, device=source.device)
-    source[grid.mirror_index] = (-1 - grid.mirror_row).to(torch.int32)
+    source[grid.mirror_index] = (~grid.mirror_row).to(torch.int32)  # ~row = -1 - row
     return source
 
 
@@ -243,7 +243,7 @@ def plan_unpack_planes(
         "TILE": tile,
         "BLOCK_P": block_planes,
         "BLOCK_S": block_positions,
-        "num_warps": 4,
+        "num_warps": PLANES_WARPS,
     }
     # tiles without a plane to write need no program
     programs = ceil_div(positions, block_positions) * ceil_div(count, tile)

@@ -50,27 +50,23 @@ class Packer:
         self._pieces: list[Tensor] = []
         self._kept = 0
 
-    def append(
+    def append_rows(
         self,
         y: Tensor,
         rows: Tensor,
-        t0: int,
         threshold: float | Tensor,
         kind: str = "identity",
         scale: Tensor | None = None,
     ) -> None:
-        """Threshold, activate and pack the chunk ``y`` ``(Fc, Tc * tile, 2)`` of ``rows`` and the tiles from ``t0``."""
-        sizes, device = self.sizes, y.device
-        pairs = () if self.value_dtype == "int4" else (2,)
-        # Room for every coefficient of the chunk, so nothing can be lost; only what was kept is held on to.
-        room = torch.empty(y.shape[0] * y.shape[1], *pairs, dtype=VALUE_DTYPES[self.value_dtype], device=device)
-        cursor = torch.zeros(1, dtype=torch.int64, device=device)
-        backend(device).pack_rows(
+        """Threshold, activate and pack whole rows: ``y`` ``(Fc, P, 2)`` of the frequencies ``rows``."""
+        sizes = self.sizes
+        room, cursor = self._room(y.shape[0] * y.shape[1])
+        backend(y.device).pack_rows(
             y,
             sizes.row,
             threshold,
             rows,
-            t0,
+            0,
             self.bitmap,
             self.offsets,
             room,
@@ -80,6 +76,25 @@ class Packer:
             sizes.channels,
             scales=self.scales,
         )
+        self._take(room, cursor, rows, slice(None))
+
+    def append_planes(self, half: Tensor, grid: FrequencyGrid, t0: int, t1: int, threshold: float) -> None:
+        """Threshold and pack the planes of the tiles ``t0:t1`` from their half spectra ``(n, H, Wh)``."""
+        room, cursor = self._room(grid.count * half.shape[0])
+        backend(half.device).pack_planes(
+            half, grid, threshold, t0, self.bitmap, self.offsets, room, cursor, scales=self.scales
+        )
+        self._take(room, cursor, slice(None), slice(t0, t1))
+
+    def _room(self, coefficients: int) -> tuple[Tensor, Tensor]:
+        """Room for every coefficient of a chunk, so that nothing can be lost, and a cursor into it."""
+        device = self.bitmap.device
+        pairs = () if self.value_dtype == "int4" else (2,)
+        room = torch.empty(coefficients, *pairs, dtype=VALUE_DTYPES[self.value_dtype], device=device)
+        return room, torch.zeros(1, dtype=torch.int64, device=device)
+
+    def _take(self, room: Tensor, cursor: Tensor, rows: Tensor | slice, tiles: slice) -> None:
+        """Hold on to what a chunk kept, and let its offsets count from the beginning."""
         kept = int(cursor)
         if self._kept + kept > torch.iinfo(torch.int32).max:
             raise ValueError(
@@ -87,14 +102,14 @@ class Packer:
                 "raise the threshold, or split the batch"
             )
         if self._kept:
-            tiles = slice(t0, t0 + y.shape[1] // sizes.tile)
             self.offsets[rows, tiles] += self._kept
         self._pieces.append(room[:kept].clone())
         self._kept += kept
 
     def finish(self) -> Packed:
         """The packed tensors, values in one piece."""
-        values = self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces)
+        pieces = self._pieces or [self._room(0)[0]]
+        values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         self._pieces = []
         edge = make_edge(self._kept, self.dtype, values.device)
         return Packed(edge, values, self.scales, self.bitmap, self.offsets)
@@ -141,22 +156,6 @@ def row_chunks(rows: Tensor, bytes_per_row: int, workspace: int) -> Iterator[Ten
     yield from rows.split(max(1, workspace // max(1, bytes_per_row)))
 
 
-def rows_of_half(half: Tensor, grid: FrequencyGrid, fold: bool = False) -> Tensor:
-    """Half spectra ``(n, H, Wh)`` to stored rows ``(F, n)``; ``fold`` adds the conjugate of the mirrored positions."""
-    flat = half.flatten(1).T
-    rows = flat[grid.index]
-    if fold:
-        rows.index_add_(0, grid.mirror_row, flat[grid.mirror_index].conj_physical())
-    rows[grid.self_conjugate] = rows[grid.self_conjugate].real.to(rows.dtype)
-    return rows
-
-
-def _padded(rows: Tensor, padded: int) -> Tensor:
-    """Complex rows ``(F, n)`` as pairs ``(F, padded, 2)``."""
-    pairs = torch.view_as_real(rows)
-    return pairs if rows.shape[1] == padded else torch.nn.functional.pad(pairs, (0, 0, 0, padded - rows.shape[1]))
-
-
 def pack_planes(
     half_of: Callable[[int, int], Tensor],
     sizes: Layout,
@@ -176,15 +175,11 @@ def pack_planes(
     if density >= 0:
         histogram = Histogram(device)
         for _, _, first, last in chunks:
-            histogram.add(torch.view_as_real(rows_of_half(half_of(first, last), grid)[1:]))
+            histogram.add(torch.view_as_real(half_of(first, last).flatten(1)[:, grid.index[1:]]))
         threshold = histogram.threshold(keep_from_density(density, sizes))
     packer = Packer(sizes, value_dtype, dtype, device)
-    rows = torch.arange(grid.count, device=device)
     for t0, t1, first, last in chunks:
-        y = _padded(rows_of_half(half_of(first, last), grid), (t1 - t0) * sizes.tile)
-        packer.append(y, rows, t0, threshold)
-    if not chunks:
-        packer.append(torch.zeros(grid.count, 0, 2, dtype=dtype, device=device), rows, 0, threshold)
+        packer.append_planes(half_of(first, last), grid, t0, t1, threshold)
     packed = packer.finish()
     return packed if len(chunks) <= 1 else in_row_order(packed, sizes, workspace)
 
@@ -237,7 +232,6 @@ def gather_planes(
     kept: int,
     sizes: Layout,
     row_scale: Tensor | None,
-    fold: bool,
     dtype: torch.dtype,
     workspace: int,
 ) -> Tensor:
@@ -245,27 +239,45 @@ def gather_planes(
     device = bitmap.device
     grid = frequency_grid(sizes.height, sizes.width, device)
     out = torch.empty(kept, 2, dtype=dtype, device=device)
-    rows = torch.arange(grid.count, device=device)
-    for t0, t1, first, last in plane_chunks(sizes, dtype.itemsize, workspace):
-        y = rows_of_half(half_of(first, last), grid, fold)
-        if row_scale is not None:
-            y *= row_scale.to(dtype)[:, None]
-        chunk = _padded(y, (t1 - t0) * sizes.tile)
-        backend(device).gather_rows(chunk, bitmap, offsets, rows, t0, out)
+    for t0, _, first, last in plane_chunks(sizes, dtype.itemsize, workspace):
+        backend(device).gather_planes(half_of(first, last), grid, bitmap, offsets, t0, row_scale, out)
     return out
 
 
 def real_planes(x: Tensor, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
     """``half_of`` for maps ``(B, C, H, W)``: the ortho half spectra of a range of planes."""
     planes = _plane_slices(x)
-    return lambda first, last: torch.fft.rfft2(planes(first, last).to(dtype), norm="ortho")
+    grid = frequency_grid(x.shape[2], x.shape[3], x.device)
+
+    def half_of(first: int, last: int) -> Tensor:
+        half = torch.fft.rfft2(planes(first, last).to(dtype), norm="ortho")
+        return _real_where_self_conjugate(half, grid)
+
+    return half_of
 
 
-def half_planes(spectrum: Tensor, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
-    """``half_of`` for half spectra ``(B, C, H, Wh)``."""
-    planes = _plane_slices(spectrum)
+def half_planes(
+    spectrum: Tensor, size: tuple[int, int], dtype: torch.dtype, fold: bool = False
+) -> Callable[[int, int], Tensor]:
+    """``half_of`` for half spectra ``(B, C, H, Wh)``; ``fold`` adds the conjugates of the mirrored positions."""
+    planes = _plane_slices(spectrum.resolve_conj())
+    grid = frequency_grid(*size, spectrum.device)
     complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
-    return lambda first, last: planes(first, last).to(complex_dtype).resolve_conj()
+
+    def half_of(first: int, last: int) -> Tensor:
+        half = planes(first, last).to(complex_dtype, copy=True)
+        if fold:
+            flat = half.view(last - first, -1)
+            flat[:, grid.index[grid.mirror_row]] += flat[:, grid.mirror_index].conj_physical()
+        return _real_where_self_conjugate(half, grid)
+
+    return half_of
+
+
+def _real_where_self_conjugate(half: Tensor, grid: FrequencyGrid) -> Tensor:
+    """Drops the imaginary part where a frequency is its own conjugate, in place."""
+    torch.view_as_real(half).view(half.shape[0], -1, 2)[:, grid.index[grid.self_conjugate], 1] = 0
+    return half
 
 
 def _plane_slices(x: Tensor) -> Callable[[int, int], Tensor]:

@@ -63,7 +63,7 @@ def _pack(
 ) -> Packed:
     dtype = _precision(spectrum)
     return pack_planes(
-        half_planes(spectrum, dtype),
+        half_planes(spectrum, (height, width), dtype),
         layout((*spectrum.shape[:2], height, width)),
         threshold,
         density,
@@ -150,13 +150,12 @@ def _unpack_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, s
     """Gradient of half spectra to the packed one: a stored coefficient collects that of its mirror image too."""
     dtype = _precision(grad)
     return gather_planes(
-        half_planes(grad, dtype),
+        half_planes(grad, (shape[2], shape[3]), dtype, fold=True),
         bitmap,
         offsets,
         kept,
         layout(shape),
         None,
-        True,
         dtype,
         resolve_workspace(0, grad.device),
     )
@@ -281,7 +280,6 @@ def _to_spatial_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: in
         kept,
         layout(grad.shape),
         _weight(list(grad.shape), grad.device),
-        False,
         dtype,
         resolve_workspace(workspace, grad.device),
     )

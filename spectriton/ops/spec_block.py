@@ -143,7 +143,7 @@ def _spec_block(
     packer = Packer(walk.outputs, value_dtype, edge.dtype, weight.device)
     scale = None if activation_scale is None else activation_scale.to(edge.dtype)
     for part, y in _mixed(walk, *convolved):
-        packer.append(y, part, 0, threshold, kind, scale)
+        packer.append_rows(y, part, threshold, kind, scale)
     return packer.finish()
 
 

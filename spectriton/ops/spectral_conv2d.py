@@ -13,7 +13,7 @@ from spectriton._check import check_real_maps, fail
 from spectriton.frequencies import FrequencyGrid, frequency_grid, tap_basis
 from spectriton.ops._arguments import check_convolution, check_padding_mode, check_stride, check_workspace
 from spectriton.ops._define import define_op
-from spectriton.ops._planes import resolve_workspace, row_chunks, rows_of_half
+from spectriton.ops._planes import resolve_workspace, row_chunks
 from spectriton.reference.unpack import spread_rows
 
 
@@ -46,7 +46,7 @@ def _output_size(size: int, stride: int) -> int:
 def _rows(x: Tensor, grid: FrequencyGrid, dtype: torch.dtype) -> Tensor:
     """Maps ``(B, C, h, w)``, zero-padded to the size of the grid, as pairs ``(F, B, C, 2)``."""
     half = torch.fft.rfft2(x.to(dtype), s=(grid.height, grid.width), norm="ortho")
-    return torch.view_as_real(rows_of_half(half.flatten(0, 1), grid).unflatten(1, x.shape[:2]))
+    return torch.view_as_real(half.flatten(2).permute(2, 0, 1)[grid.index])
 
 
 def _maps(rows: Tensor, grid: FrequencyGrid, size: tuple[int, int]) -> Tensor:

@@ -12,7 +12,7 @@ from spectriton.reference.kernel_spectrum import (
     kernel_spectrum,
     kernel_spectrum_adjoint,
 )
-from spectriton.reference.pack import gather_rows, pack_rows
+from spectriton.reference.pack import gather_planes, gather_rows, pack_planes, pack_rows
 from spectriton.reference.pattern import RowPattern, row_pattern
 from spectriton.reference.spectral_activation import (
     ACTIVATIONS,
@@ -28,9 +28,11 @@ __all__ = [
     "complex_kernel_spectrum",
     "complex_kernel_spectrum_adjoint",
     "complex_product",
+    "gather_planes",
     "gather_rows",
     "kernel_spectrum",
     "kernel_spectrum_adjoint",
+    "pack_planes",
     "pack_rows",
     "row_pattern",
     "spectral_activation",

@@ -19,17 +19,16 @@ def complex_kernel_spectrum(weight: Tensor, basis: Tensor, groups: int) -> Tenso
     """
     outputs, inputs = weight.shape[:2]
     taps = weight.reshape(groups, outputs // groups, inputs, -1).permute(3, 0, 2, 1).flatten(1)
-    # One real product for both parts, (2 Fc, k) x (k, I O); bringing them side by side is a copy.
-    parts = torch.mm(basis.movedim(2, 0).flatten(0, 1), taps).unflatten(0, (2, -1))
-    spectrum = torch.stack(parts.unbind(0), dim=-1).view(-1, groups, inputs, outputs // groups, 2)
-    return torch.view_as_complex(spectrum)
+    # The taps are real, but a complex product leaves real and imaginary parts side by side, where a real one would
+    # need another pass to bring them there.
+    phases = torch.view_as_complex(basis.contiguous())
+    return torch.mm(phases, taps.to(phases.dtype)).view(-1, groups, inputs, outputs // groups)
 
 
 def complex_kernel_spectrum_adjoint(grad: Tensor, basis: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     """The adjoint of :func:`complex_kernel_spectrum`: ``(Fc, g, I / g, O / g)`` to ``(O, I / g, kh, kw)``."""
     rows, groups, inputs, outputs = grad.shape
-    parts = torch.view_as_real(grad).movedim(-1, 0).reshape(2 * rows, groups * inputs * outputs)
-    taps = torch.mm(basis.movedim(2, 0).flatten(0, 1).T, parts)
+    taps = torch.mm(torch.view_as_complex(basis.contiguous()).mH, grad.reshape(rows, -1)).real
     return taps.view(-1, groups, inputs, outputs).permute(1, 3, 2, 0).reshape(groups * outputs, inputs, *kernel_size)
 
 

@@ -6,7 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectriton.reference.pattern import RowPattern, row_pattern, tile_counts, to_bits, true_positions
+from spectriton.frequencies import FrequencyGrid
+from spectriton.reference.pattern import (
+    RowPattern,
+    half_positions,
+    per_row,
+    row_pattern,
+    tile_counts,
+    to_bits,
+    true_positions,
+)
 from spectriton.reference.spectral_activation import activate
 
 
@@ -51,51 +60,104 @@ def pack_rows(
         scales: ``(F, T)``, for integer values: written at ``rows`` and the chunk's tiles.
     """
     chunk, padded = y.shape[:2]
-    tile = bitmap.shape[2] * 8
-    tiles = padded // tile
-    start = t0 * tile
+    start = t0 * bitmap.shape[2] * 8
 
     def across(per_channel: Tensor) -> Tensor:
-        return per_channel[torch.arange(start, start + padded, device=y.device) % channels]
+        """Per channel to per position of a row."""
+        return per_channel[torch.arange(start, start + padded, device=y.device) % channels].to(y.dtype)
 
     size = modulus(y)
-    mask = size < (across(threshold).to(size.dtype) if isinstance(threshold, Tensor) else threshold)
+    mask = size < (across(threshold) if isinstance(threshold, Tensor) else threshold)
     torch.logical_not(mask, out=mask)  # not below, rather than above or equal: NaN stays
-    mask[rows == 0] = True
-    mask[:, max(0, length - start) :] = False
+    if chunk and int(rows[0]) == 0:
+        mask[0] = True
+    if start + padded > length:
+        mask[:, max(0, length - start) :] = False
+    pattern = _mark(mask, rows, t0, bitmap, offsets, cursor)
+    kept = torch.view_as_real(torch.view_as_complex(y).view(-1).index_select(0, pattern.positions))
+    if kind != "identity":
+        of_kept = None
+        if scale is not None:
+            # Laid out once and looked up: cheaper than a remainder for each coefficient.
+            of_kept = across(scale).expand(chunk, -1).reshape(-1).index_select(0, pattern.positions)[:, None]
+        kept = activate(kept, kind, of_kept)
+    _store(kept, pattern, rows, t0, values, cursor, scales)
 
-    bits = to_bits(mask).view(chunk, tiles, tile // 8)
-    counts = tile_counts(bits)
+
+def pack_planes(
+    half: Tensor,
+    grid: FrequencyGrid,
+    threshold: float,
+    t0: int,
+    bitmap: Tensor,
+    offsets: Tensor,
+    values: Tensor,
+    cursor: Tensor,
+    scales: Tensor | None = None,
+) -> None:
+    """:func:`pack_rows` over all frequencies of a chunk of planes, from their half spectra ``half`` ``(n, H, Wh)``.
+
+    The chunk ends with a tile or with the last plane. What is kept is read straight from ``half``: only the mask is
+    transposed.
+    """
+    count = half.shape[0]
+    tile = bitmap.shape[2] * 8
+    padded = -(-count // tile) * tile
+    flat = half.reshape(count, -1)
+    below = modulus(torch.view_as_real(flat)) < threshold
+    mask = torch.zeros(grid.count, padded, dtype=torch.bool, device=half.device)
+    torch.logical_not(below.T.contiguous().index_select(0, grid.index), out=mask[:, :count])
+    mask[0, :count] = True
+    rows = torch.arange(grid.count, device=half.device)
+    pattern = _mark(mask, rows, t0, bitmap, offsets, cursor)
+    places = half_positions(pattern, padded, grid.index, flat.shape[1])
+    kept = torch.view_as_real(flat.view(-1).index_select(0, places))
+    _store(kept, pattern, rows, t0, values, cursor, scales)
+
+
+def _mark(mask: Tensor, rows: Tensor, t0: int, bitmap: Tensor, offsets: Tensor, cursor: Tensor) -> RowPattern:
+    """Writes bitmap and offsets of what ``mask`` ``(Fc, Tc * tile)`` keeps, values going to ``cursor`` and on."""
+    tile = bitmap.shape[2] * 8
+    bits = to_bits(mask).view(mask.shape[0], -1, tile // 8)
+    tiles = slice(t0, t0 + bits.shape[1])
+    counts = tile_counts(bits).flatten()
     positions = true_positions(mask)
     first = int(cursor)
-    bitmap[rows, t0 : t0 + tiles] = bits
-    running = torch.cumsum(counts.flatten(), 0).view_as(counts) - counts + first
-    offsets[rows, t0 : t0 + tiles] = running.to(offsets.dtype)
-    kept = torch.view_as_real(torch.view_as_complex(y).flatten().index_select(0, positions))
-    if kind != "identity":
-        of_kept = None if scale is None else across(scale)[positions % padded][:, None].to(y.dtype)
-        kept = activate(kept, kind, of_kept)
-    cursor += positions.numel()
+    bitmap[rows, tiles] = bits
+    running = torch.cumsum(counts, 0) - counts + first
+    offsets[rows, tiles] = running.view(bits.shape[:2]).to(offsets.dtype)
+    return RowPattern(positions, slice(first, first + positions.numel()), counts)
+
+
+def _store(
+    kept: Tensor,
+    pattern: RowPattern,
+    rows: Tensor,
+    t0: int,
+    values: Tensor,
+    cursor: Tensor,
+    scales: Tensor | None,
+) -> None:
+    """Appends the kept coefficients, rounded to the format of ``values``, and advances the cursor."""
+    cursor += kept.shape[0]
     if scales is not None and scales.numel():
-        stored, tile_scales = quantise(kept, counts, values.dtype)
-        scales[rows, t0 : t0 + tiles] = tile_scales.to(scales.dtype)
-    else:
-        stored = kept
-    if first + positions.numel() <= values.shape[0]:
-        values[first : first + positions.numel()] = stored
+        kept, tile_scales = quantise(kept, pattern.counts, values.dtype)
+        by_tile = tile_scales.view(rows.numel(), -1)
+        scales[rows, t0 : t0 + by_tile.shape[1]] = by_tile
+    if int(cursor) <= values.shape[0]:
+        values[pattern.slots] = kept
 
 
 def quantise(kept: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Kept coefficients ``(n, 2)`` as integers, and the scale of each tile (same shape as ``counts``).
+    """Kept coefficients ``(n, 2)`` as integers, and the scale of each tile.
 
     Int8 values run from -127 to 127, 4-bit values (held in uint8, real part in the low nibble) from -7 to 7, rounded
     to nearest. A tile with a NaN or an infinite value gets a NaN scale: what is not a number stays visible.
     """
     levels = 127 if dtype == torch.int8 else 7
-    flat = counts.flatten()
-    tile_of = torch.repeat_interleave(torch.arange(flat.numel(), device=kept.device), flat)
+    tile_of = torch.repeat_interleave(torch.arange(counts.numel(), device=kept.device), counts)
     largest = kept.abs().amax(-1)
-    peak = torch.zeros(flat.numel(), dtype=kept.dtype, device=kept.device)
+    peak = torch.zeros(counts.numel(), dtype=kept.dtype, device=kept.device)
     peak.scatter_reduce_(0, tile_of, largest, "amax")
     peak[~peak.isfinite()] = torch.nan
     scale = (peak / levels).to(torch.float32)
@@ -104,7 +166,7 @@ def quantise(kept: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     if dtype == torch.uint8:
         nibbles = levels_of.view(torch.uint8) & 15
         levels_of = nibbles[:, 0] | (nibbles[:, 1] << 4)
-    return levels_of, scale.view(counts.shape)
+    return levels_of, scale
 
 
 def gather_rows(
@@ -126,4 +188,31 @@ def gather_rows(
         torch.index_select(pairs, 0, pattern.positions, out=target[pattern.slots])
     else:
         target[pattern.slots] = pairs.index_select(0, pattern.positions).to(target.dtype)
+    return out
+
+
+def gather_planes(
+    half: Tensor,
+    grid: FrequencyGrid,
+    bitmap: Tensor,
+    offsets: Tensor,
+    t0: int,
+    row_scale: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """Applies an existing pattern to the half spectra ``half`` ``(n, H, Wh)`` of a chunk of planes.
+
+    ``row_scale`` ``(F,)``, where given, multiplies each frequency. Writes ``out`` ``(N, 2)`` where the chunk is kept.
+    """
+    count = half.shape[0]
+    tile = bitmap.shape[2] * 8
+    tiles = -(-count // tile)
+    rows = torch.arange(grid.count, device=half.device)
+    pattern = row_pattern(bitmap, offsets, rows, t0, t0 + tiles)
+    flat = half.reshape(count, -1)
+    places = half_positions(pattern, tiles * tile, grid.index, flat.shape[1])
+    kept = torch.view_as_real(flat.view(-1).index_select(0, places))
+    if row_scale is not None:
+        kept *= per_row(row_scale.to(kept.dtype), pattern)[:, None]
+    out[pattern.slots] = kept
     return out

@@ -72,6 +72,29 @@ def row_pattern(bitmap: Tensor, offsets: Tensor, rows: Tensor, t0: int, t1: int)
     return RowPattern(positions, slots, counts)
 
 
+def half_positions(pattern: RowPattern, padded: int, index: Tensor, half_size: int) -> Tensor:
+    """Where the coefficients of a pattern over all rows stand in flattened half spectra ``(n, H * Wh)``.
+
+    Args:
+        pattern: positions in ``(F, padded)``.
+        padded: planes in the chunk, padding included.
+        index: ``(F,)`` position of each frequency in a half spectrum.
+        half_size: ``H * Wh``.
+    """
+    positions = pattern.positions
+    if padded & (padded - 1) == 0:  # a shift instead of a division, which is the slowest thing here
+        row, plane = positions >> (padded.bit_length() - 1), positions & (padded - 1)
+    else:
+        row = positions.div(padded, rounding_mode="floor")
+        plane = positions - row * padded
+    return index.index_select(0, row).add_(plane.mul_(half_size))
+
+
+def per_row(values: Tensor, pattern: RowPattern) -> Tensor:
+    """``(n,)``: for each coefficient of a pattern the entry of ``values`` ``(Fc,)`` of its row."""
+    return torch.repeat_interleave(values, pattern.counts.view(values.numel(), -1).sum(1))
+
+
 def _kept(bits: Tensor, count: int) -> Tensor:
     """Positions of the set bits; sparse bitmaps are scanned byte by byte first."""
     if bits.device.type != "cpu" or 16 * count > 8 * bits.numel():

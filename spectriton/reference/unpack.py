@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference.pattern import RowPattern, row_pattern
+from spectriton.reference.pattern import RowPattern, half_positions, per_row, row_pattern
 
 
 def read_values(values: Tensor, scales: Tensor, pattern: RowPattern, tile_scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,11 +64,18 @@ def unpack_planes(
     ``row_scale`` ``(F,)``, where given, multiplies each frequency.
     """
     rows = torch.arange(grid.count, device=out.device)
-    chunk = out.new_empty(grid.count, (t1 - t0) * bitmap.shape[2] * 8, 2)
-    unpack_rows(values, scales, bitmap, offsets, rows, t0, t1, chunk)
+    pattern = row_pattern(bitmap, offsets, rows, t0, t1)
+    tile_scales = scales[:, t0:t1] if scales.numel() else scales
+    kept = read_values(values, scales, pattern, tile_scales, out.dtype)
     if row_scale is not None:
-        chunk *= row_scale.to(chunk.dtype)[:, None, None]
-    spread_rows(torch.view_as_complex(chunk)[:, :count], grid, torch.view_as_complex(out))
+        kept = kept * per_row(row_scale.to(kept.dtype), pattern)[:, None]
+    half = torch.view_as_complex(out).view(count, -1)
+    half.zero_()
+    # Straight to its place in its plane: only what is kept moves, and nothing dense is transposed.
+    places = half_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, grid.index, half.shape[1])
+    half.view(-1).scatter_(0, places, torch.view_as_complex(kept))
+    mirrored = grid.index[grid.mirror_row]
+    half[:, grid.mirror_index] = half[:, mirrored].conj_physical()
     return out
 
 
