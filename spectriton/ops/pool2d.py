@@ -13,58 +13,69 @@ from spectriton.ops._arguments import check_window
 from spectriton.ops._define import define_op
 
 
+# Argmax positions are int64 on their way to a code; this many of them at a time stay in the cache.
+_CHUNK = 1 << 16
+
+
 def _code_bits(kernel: list[int]) -> int:
     """Bits an argmax within a window takes: a power of two, so that codes do not straddle bytes."""
-    for bits in (1, 2, 4, 8):
-        if kernel[0] * kernel[1] <= 1 << bits:
-            return bits
-    raise AssertionError("checked by max_pool2d")
+    positions = kernel[0] * kernel[1]
+    return next(bits for bits in (1, 2, 4, 8) if positions <= 1 << bits)
 
 
-def _pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes to bytes holding ``8 / bits`` of them each."""
-    per_byte = 8 // bits
-    if per_byte == 1:
-        return codes.flatten()
-    flat = functional.pad(codes.flatten(), (0, -codes.numel() % per_byte)).view(-1, per_byte)
-    packed = flat[:, 0].clone()
-    for place in range(1, per_byte):
-        packed |= flat[:, place] << (place * bits)
-    return packed
+def _output_size(size: list[int], kernel: list[int], stride: list[int]) -> list[int]:
+    return [(n - k) // s + 1 for n, k, s in zip(size, kernel, stride, strict=True)]
 
 
-def _unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of :func:`_pack_codes`."""
-    if bits == 8:
-        return packed
-    codes = torch.stack([(packed >> place) & ((1 << bits) - 1) for place in range(0, 8, bits)], dim=1)
-    return codes.flatten()[:count]
-
-
-def _windows(size: list[int], kernel: list[int], stride: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """First row and first column of each window, ``(Ho, 1)`` and ``(1, Wo)``."""
+def _corners(size: list[int], kernel: list[int], stride: list[int], device: torch.device) -> Tensor:
+    """``(Ho, Wo)`` int64: position of the first element of each window in a flattened map."""
     rows, columns = (
-        torch.arange((n - k) // s + 1, device=device) * s for n, k, s in zip(size, kernel, stride, strict=True)
+        torch.arange(n, device=device) * s for n, s in zip(_output_size(size, kernel, stride), stride, strict=True)
     )
-    return rows[:, None], columns[None, :]
+    return rows[:, None] * size[1] + columns
 
 
+def _window(width: int, kernel: list[int], device: torch.device) -> Tensor:
+    """``(kh * kw,)`` int64: distance of each element of a window from its first, in a flattened map."""
+    rows, columns = (torch.arange(k, device=device) for k in kernel)
+    return (rows[:, None] * width + columns).flatten()
+
+
+def _plane_steps(planes: int, outputs: int) -> range:
+    """First planes of chunks of about :data:`_CHUNK` outputs; whole bytes of codes whatever their width."""
+    return range(0, planes, max(8, _CHUNK // max(1, outputs) // 8 * 8))
 
 
 @define_op("(Tensor x, SymInt[] kernel, SymInt[] stride) -> (Tensor, Tensor)")
 def _max_pool2d(x: Tensor, kernel: list[int], stride: list[int]) -> tuple[Tensor, Tensor]:
     """The maxima, and where in their windows they stand, packed."""
-    size = x.shape[2:]
-    y, index = functional.max_pool2d(x, kernel, stride, return_indices=True)
-    rows, columns = _windows(list(size), kernel, stride, x.device)
-    codes = (index // size[1] - rows) * kernel[1] + (index % size[1] - columns)
-    return y, _pack_codes(codes.to(torch.uint8), _code_bits(kernel))
+    size = list(x.shape[2:])
+    planes = x.flatten(0, 1)
+    y = x.new_empty(planes.shape[0], *_output_size(size, kernel, stride))
+    per_byte = 8 // _code_bits(kernel)
+    codes = torch.zeros(-(-y.numel() // per_byte), dtype=torch.uint8, device=x.device)
+    corners, window = _corners(size, kernel, stride, x.device), _window(size[1], kernel, x.device)
+    code_of = torch.zeros(int(window[-1]) + 1, dtype=torch.uint8, device=x.device)
+    code_of[window] = torch.arange(window.numel(), device=x.device).to(torch.uint8)
+    steps = _plane_steps(planes.shape[0], corners.numel())
+    for first in steps:
+        part = slice(first, first + steps.step)
+        y[part], index = functional.max_pool2d(planes[part], kernel, stride, return_indices=True)
+        code = code_of.index_select(0, index.sub_(corners).flatten())
+        at = first * corners.numel() // per_byte
+        if per_byte > 1:
+            code = functional.pad(code, (0, -code.numel() % per_byte)).view(-1, per_byte)
+            packed = codes[at : at + code.shape[0]]
+            for place in range(per_byte):
+                packed |= code[:, place] << (place * 8 // per_byte)
+        else:
+            codes[at : at + code.numel()] = code
+    return y.unflatten(0, x.shape[:2]), codes
 
 
 @_max_pool2d.register_fake
 def _(x: Tensor, kernel: list[int], stride: list[int]) -> tuple[Tensor, Tensor]:
-    size = [(n - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
-    y = x.new_empty(*x.shape[:2], *size)
+    y = x.new_empty(*x.shape[:2], *_output_size(list(x.shape[2:]), kernel, stride))
     per_byte = 8 // _code_bits(kernel)
     return y, y.new_empty((y.numel() + per_byte - 1) // per_byte, dtype=torch.uint8)
 
@@ -73,11 +84,27 @@ def _(x: Tensor, kernel: list[int], stride: list[int]) -> tuple[Tensor, Tensor]:
 def _max_pool2d_backward(
     grad: Tensor, codes: Tensor, shape: list[int], kernel: list[int], stride: list[int]
 ) -> Tensor:
-    code = _unpack_codes(codes, _code_bits(kernel), grad.numel()).view(grad.shape).to(torch.int64)
-    rows, columns = _windows(shape[2:], kernel, stride, grad.device)
-    index = (rows + code // kernel[1]) * shape[3] + columns + code % kernel[1]
-    out = grad.new_zeros(shape[0], shape[1], shape[2] * shape[3])
-    return out.scatter_add_(2, index.flatten(2), grad.flatten(2)).view(shape)
+    bits = _code_bits(kernel)
+    per_byte = 8 // bits
+    corners, window = _corners(shape[2:], kernel, stride, grad.device), _window(shape[3], kernel, grad.device)
+    # Every byte spelt out as the distances it stands for.
+    places = torch.arange(256, device=grad.device)[:, None] >> torch.arange(0, 8, bits, device=grad.device)
+    distances = window[(places & ((1 << bits) - 1)).clamp_(max=window.numel() - 1)]
+    grads = grad.flatten(0, 1).flatten(1)
+    out = grad.new_zeros(grads.shape[0], shape[2] * shape[3])
+    disjoint = stride[0] >= kernel[0] and stride[1] >= kernel[1]
+    steps = _plane_steps(grads.shape[0], corners.numel())
+    for first in steps:
+        part = grads[first : first + steps.step]
+        at = first * corners.numel() // per_byte
+        code = codes[at : at - (-part.numel() // per_byte)].to(torch.int32)
+        index = distances.index_select(0, code).view(-1)[: part.numel()].view(part.shape[0], *corners.shape) + corners
+        target = out[first : first + steps.step]
+        if disjoint:
+            target.scatter_(1, index.flatten(1), part)
+        else:
+            target.scatter_add_(1, index.flatten(1), part)
+    return out.view(shape)
 
 
 @_max_pool2d_backward.register_fake
@@ -106,8 +133,7 @@ def _avg_pool2d(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
 
 @_avg_pool2d.register_fake
 def _(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
-    size = [(n - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
-    return x.new_empty(*x.shape[:2], *size)
+    return x.new_empty(*x.shape[:2], *_output_size(list(x.shape[2:]), kernel, stride))
 
 
 @define_op("(Tensor grad, SymInt[] shape, SymInt[] kernel, SymInt[] stride) -> Tensor")

@@ -1,0 +1,80 @@
+"""Pooling against torch's own, and what it saves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from spectriton import ops
+
+CASES = [((8, 8), 2, None), ((7, 9), 2, None), ((9, 9), 3, 2), ((10, 12), (2, 3), (3, 2)), ((5, 5), 5, None), ((6, 6), 1, 2)]
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), CASES)
+@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
+def test_equals_torch(size: tuple[int, int], kernel: int, stride: int | None, batch: int, name: str):
+    x = torch.randn(batch, 7, *size, dtype=torch.float64, requires_grad=True)
+    got, expected = getattr(ops, name)(x, kernel, stride), getattr(F, name)(x, kernel, stride)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    torch.testing.assert_close(torch.autograd.grad(got, x, grad), torch.autograd.grad(expected, x, grad))
+
+
+def test_many_chunks_equal_one(monkeypatch: pytest.MonkeyPatch):
+    x = torch.randn(30, 3, 6, 6, requires_grad=True)
+    grad = torch.randn(30, 3, 3, 3)
+    whole = ops.max_pool2d(x)
+    (expected,) = torch.autograd.grad(whole, x, grad)
+    monkeypatch.setattr("spectriton.ops.pool2d._CHUNK", 1)
+    pieces = ops.max_pool2d(x)
+    assert torch.equal(pieces, whole)
+    assert torch.equal(torch.autograd.grad(pieces, x, grad)[0], expected)
+
+
+@pytest.mark.parametrize(("kernel", "bits"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (16, 8)])
+def test_maximum_saves_codes_only(kernel: int, bits: int):
+    saved: list[torch.Tensor] = []
+    x = torch.randn(8, 4, 32, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ops.max_pool2d(x, kernel)
+    assert sum(t.untyped_storage().nbytes() for t in saved) == y.numel() * bits // 8
+
+
+def test_mean_saves_nothing():
+    saved: list[torch.Tensor] = []
+    x = torch.randn(8, 4, 32, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.avg_pool2d(x, 2)
+    assert not saved
+
+
+@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
+def test_strides_nan_and_checks(name: str):
+    pool, torchs = getattr(ops, name), getattr(F, name)
+    x = torch.randn(2, 4, 6, 8).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(pool(x), torchs(x, 2))
+    torch.testing.assert_close(pool(x[:, ::2, 1:]), torchs(x[:, ::2, 1:], 2))
+    x[0, 0, 0, 0] = float("nan")
+    assert pool(x)[0, 0, 0, 0].isnan()
+    assert pool(torch.zeros(0, 4, 6, 6)).shape == (0, 4, 3, 3)
+    y = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda t: pool(t, 2, 1), (y,))
+    torch.library.opcheck(getattr(torch.ops.spectriton, name).default, (y, [2, 2], [1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "kind", "text"),
+    [
+        (torch.zeros(4, 4), 2, ValueError, "4 dimensions"),
+        (torch.zeros(1, 1, 4, 4, dtype=torch.cfloat), 2, TypeError, "real"),
+        (torch.zeros(1, 1, 4, 4), 5, ValueError, "at most the 4x4 maps"),
+        (torch.zeros(1, 1, 40, 40), 17, ValueError, "at most 256 positions"),
+        (torch.zeros(1, 1, 4, 4), 0, ValueError, "kernel_size got 0"),
+    ],
+)
+def test_bad_input(x: torch.Tensor, kernel: int, kind: type[Exception], text: str):
+    with pytest.raises(kind, match=text):
+        ops.max_pool2d(x, kernel)
