@@ -23,7 +23,7 @@ def kernel_spectrum_kernel(
     groups,
     inputs,
     outputs,
-    taps,
+    TAPS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -39,7 +39,7 @@ def kernel_spectrum_kernel(
         groups: g.
         inputs: input channels of a group, I/g.
         outputs: output channels of a group, O/g.
-        taps: K = kh * kw.
+        TAPS: K = kh * kw.
         WIDE: accumulate in float64 instead of float32.
         BLOCK_F, BLOCK_I, BLOCK_O: frequencies, inputs and outputs a program handles.
     """
@@ -56,15 +56,15 @@ def kernel_spectrum_kernel(
     o_o = i_output * BLOCK_O + tl.arange(0, BLOCK_O)
     m_f = o_f < frequencies
     m_weight = (o_i < inputs)[:, None] & (o_o < outputs)[None, :]
-    p_basis = basis_ptr + o_f * (2 * taps)
-    p_weight = weight_ptr + ((i_group * outputs + o_o)[None, :] * inputs + o_i[:, None]) * taps
+    p_basis = basis_ptr + o_f * (2 * TAPS)
+    p_weight = weight_ptr + ((i_group * outputs + o_o)[None, :] * inputs + o_i[:, None]) * TAPS
 
     if WIDE:
         b_re = tl.zeros([BLOCK_F, BLOCK_I, BLOCK_O], tl.float64)
     else:
         b_re = tl.zeros([BLOCK_F, BLOCK_I, BLOCK_O], tl.float32)
     b_im = b_re
-    for i_tap in range(taps):
+    for i_tap in range(TAPS):
         b_weight = tl.load(p_weight + i_tap, mask=m_weight, other=0.0).to(b_re.dtype)
         basis_re = tl.load(p_basis + 2 * i_tap, mask=m_f, other=0.0).to(b_re.dtype)
         basis_im = tl.load(p_basis + 2 * i_tap + 1, mask=m_f, other=0.0).to(b_re.dtype)
@@ -142,9 +142,10 @@ def kernel_spectrum_adjoint_kernel(
     else:
         b_acc = tl.zeros([BLOCK_K, BLOCK_I, BLOCK_O], tl.float32)
     i_begin = i_split * split_frequencies
-    n_frequencies = tl.minimum(frequencies - i_begin, split_frequencies)
-    for i_local in range(n_frequencies):
-        i_f = i_begin + i_local
+    i_end = tl.minimum(i_begin + split_frequencies, frequencies)
+    # a while loop: in the interpreter range() takes no run-time bound with every triton and numpy
+    i_f = i_begin
+    while i_f < i_end:
         p_grad = grad_ptr + i_f * grad_stride + o_grad
         b_upper = tl.load(p_grad, mask=m_grad, other=0.0).to(b_acc.dtype)
         b_lower = tl.load(p_grad + 2 * outputs, mask=m_grad, other=0.0).to(b_acc.dtype)
@@ -155,6 +156,7 @@ def kernel_spectrum_adjoint_kernel(
         basis_re, basis_im = tl.split(tl.reshape(b_basis, [BLOCK_K, 2]))
         b_acc += basis_re[:, None, None] * (re_re + im_im)[None, :, :]
         b_acc += basis_im[:, None, None] * (re_im - im_re)[None, :, :]
+        i_f += 1
 
     o_channel = ((i_split * groups + i_group) * outputs + o_o)[None, :] * inputs + o_i[:, None]
     p_out = out_ptr + o_channel[None, :, :] * taps + o_k[:, None, None]
@@ -172,8 +174,15 @@ def plan_kernel_spectrum(weight: torch.Tensor, basis: torch.Tensor, groups: int,
     assert out.shape == (frequencies, groups, 2 * inputs, 2 * outputs) and out.is_contiguous()
     wide = torch.float64 in (weight.dtype, basis.dtype)
     block_f, block_i, block_o = spectrum_block(frequencies, inputs, outputs, 8 if wide else 4)
-    meta = {"WIDE": wide, "BLOCK_F": block_f, "BLOCK_I": block_i, "BLOCK_O": block_o, "num_warps": SPECTRUM_WARPS}
-    args = (weight.contiguous(), basis.contiguous(), out, frequencies, groups, inputs, outputs, taps)
+    meta = {
+        "TAPS": taps,
+        "WIDE": wide,
+        "BLOCK_F": block_f,
+        "BLOCK_I": block_i,
+        "BLOCK_O": block_o,
+        "num_warps": SPECTRUM_WARPS,
+    }
+    args = (weight.contiguous(), basis.contiguous(), out, frequencies, groups, inputs, outputs)
     programs = ceil_div(frequencies, block_f) * groups * ceil_div(inputs, block_i) * ceil_div(outputs, block_o)
     return Launch(kernel_spectrum_kernel, (programs,), args, meta)
 
