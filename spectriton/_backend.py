@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spectriton import reference
 from spectriton.frequencies import FrequencyGrid
+from spectriton.reference import RowPattern
 from spectriton.reference.spectral_activation import activate_backward
 from spectriton.reference.unpack import read_values
 
@@ -59,8 +60,11 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
     return int(size * _MIB)
 
 
-class ReferenceBackend:
-    """Plain PyTorch. Channels are mixed by complex matrix products: the CPU's libraries are at their best there."""
+class Backend:
+    """The primitives in plain PyTorch; what another backend does not override, it takes from here.
+
+    Channels are mixed by complex matrix products: the CPU's libraries are at their best there.
+    """
 
     name = "reference"
     complex_product = staticmethod(reference.complex_product)
@@ -68,7 +72,6 @@ class ReferenceBackend:
     spectral_activation_backward = staticmethod(reference.spectral_activation_backward)
     kernel_spectrum = staticmethod(reference.kernel_spectrum)
     kernel_spectrum_adjoint = staticmethod(reference.kernel_spectrum_adjoint)
-    row_pattern = staticmethod(reference.row_pattern)
     pack_rows = staticmethod(reference.pack_rows)
     unpack_rows = staticmethod(reference.unpack_rows)
     gather_rows = staticmethod(reference.gather_rows)
@@ -76,13 +79,15 @@ class ReferenceBackend:
     pack_planes = staticmethod(reference.pack_planes)
     unpack_planes = staticmethod(reference.unpack_planes)
 
-    @staticmethod
-    def mixing_weights(weight: Tensor, basis: Tensor, groups: int) -> Tensor:
+    def row_pattern(self, bitmap: Tensor, offsets: Tensor, rows: Tensor, t0: int, t1: int) -> RowPattern | None:
+        """What may be handed to :meth:`unpack_rows` and :meth:`gather_rows` to save reading the bitmap twice."""
+        return reference.row_pattern(bitmap, offsets, rows, t0, t1)
+
+    def mixing_weights(self, weight: Tensor, basis: Tensor, groups: int) -> Tensor:
         """``(Fc, g, I / g, O / g)`` complex."""
         return reference.complex_kernel_spectrum(weight, basis, groups)
 
-    @staticmethod
-    def mixing_taps(grad: Tensor, basis: Tensor, out: Tensor) -> None:
+    def mixing_taps(self, grad: Tensor, basis: Tensor, out: Tensor) -> None:
         """Adds the gradient for the taps to ``out`` ``(O, I / g, kh, kw)``."""
         out += reference.complex_kernel_spectrum_adjoint(grad, basis, (out.shape[2], out.shape[3]))
 
@@ -102,8 +107,8 @@ class ReferenceBackend:
         left, right = (_by_group(torch.view_as_complex(pairs), groups) for pairs in (x, grad))
         return torch.matmul(left.mH, right)
 
-    @staticmethod
     def unpack_gradient_rows(
+        self,
         grad: Tensor,
         values: Tensor,
         scales: Tensor,
@@ -140,8 +145,11 @@ class ReferenceBackend:
         return grad_scale
 
 
-class TritonBackend:
-    """The Triton kernels; channels are mixed by real matrix products of embedded weights (tensor cores apply)."""
+class TritonBackend(Backend):
+    """The Triton kernels; integer values are left to the reference.
+
+    Channels are mixed by real matrix products of embedded weights: tensor cores apply.
+    """
 
     name = "triton"
 
@@ -155,15 +163,32 @@ class TritonBackend:
         self.kernel_spectrum = kernels.kernel_spectrum
         self.kernel_spectrum_adjoint = kernels.kernel_spectrum_adjoint
 
-    def row_pattern(self, bitmap: Tensor, offsets: Tensor, rows: Tensor, t0: int, t1: int) -> None:
-        """The kernels read the bitmap themselves."""
+    def row_pattern(self, bitmap: Tensor, offsets: Tensor, rows: Tensor, t0: int, t1: int) -> RowPattern | None:
+        """None: the kernels read the bitmap themselves."""
+        return None
 
-    def pack_rows(self, y: Tensor, *args: object, scales: Tensor | None = None, **kwargs: object) -> None:
-        """As the reference's; integer values are quantised by the reference."""
+    def pack_rows(
+        self,
+        y: Tensor,
+        length: int,
+        threshold: float | Tensor,
+        rows: Tensor,
+        t0: int,
+        bitmap: Tensor,
+        offsets: Tensor,
+        values: Tensor,
+        cursor: Tensor,
+        kind: str = "identity",
+        scale: Tensor | None = None,
+        channels: int = 1,
+        scales: Tensor | None = None,
+    ) -> None:
+        """As the reference's."""
+        arguments = (y, length, threshold, rows, t0, bitmap, offsets, values, cursor, kind, scale, channels)
         if scales is not None and scales.numel():
-            reference.pack_rows(y, *args, scales=scales, **kwargs)  # type: ignore[arg-type]
+            reference.pack_rows(*arguments, scales=scales)
         else:
-            self._kernels.pack_rows(y, *args, **kwargs)
+            self._kernels.pack_rows(*arguments)
 
     def unpack_rows(
         self,
@@ -175,14 +200,21 @@ class TritonBackend:
         t0: int,
         t1: int,
         out: Tensor,
-        pattern: None = None,
+        pattern: RowPattern | None = None,
     ) -> Tensor:
-        """As the reference's; integer values are read by the reference."""
+        """As the reference's."""
         implementation = reference if scales.numel() else self._kernels
         return implementation.unpack_rows(values, scales, bitmap, offsets, rows, t0, t1, out)
 
     def gather_rows(
-        self, y: Tensor, bitmap: Tensor, offsets: Tensor, rows: Tensor, t0: int, out: Tensor, pattern: None = None
+        self,
+        y: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        rows: Tensor,
+        t0: int,
+        out: Tensor,
+        pattern: RowPattern | None = None,
     ) -> Tensor:
         """As the reference's."""
         return self._kernels.gather_rows(y, bitmap, offsets, rows, t0, out)
@@ -235,7 +267,7 @@ class TritonBackend:
         row_scale: Tensor | None,
         out: Tensor,
     ) -> Tensor:
-        """As the reference's; integer values are read by the reference."""
+        """As the reference's."""
         implementation = reference if scales.numel() else self._kernels
         return implementation.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, count, row_scale, out)
 
@@ -293,8 +325,8 @@ class TritonBackend:
             return None
         # Channels to dimension 1, (Fc * B, C); padding is left alone, it holds zeros.
         row = out.shape[1] // channels * channels
-        batched = (torch.view_as_complex(t)[:, :row].reshape(-1, channels) for t in (out, output))
-        product, grad_scale = self.spectral_activation_backward(*batched, kind, scale.to(out.dtype))
+        grads, outputs = (torch.view_as_complex(t)[:, :row].reshape(-1, channels) for t in (out, output))
+        product, grad_scale = self.spectral_activation_backward(grads, outputs, kind, scale.to(out.dtype))
         torch.view_as_complex(out)[:, :row] = product.view(out.shape[0], row)
         return grad_scale
 
@@ -319,11 +351,11 @@ def _matmul_into(x: Tensor, weights: Tensor, out: Tensor) -> None:
         _by_group(out, weights.shape[1]).copy_(torch.matmul(_by_group(x, weights.shape[1]), weights))
 
 
-_REFERENCE = ReferenceBackend()
+_REFERENCE = Backend()
 _triton: TritonBackend | None = None
 
 
-def backend(device: torch.device) -> ReferenceBackend | TritonBackend:
+def backend(device: torch.device) -> Backend:
     """The backend for tensors on ``device``."""
     global _triton
     if backend_name(device) == "reference":

@@ -118,7 +118,7 @@ def _phase(grid: FrequencyGrid, kernel_size: tuple[int, int], rows: slice | Tens
         angle = steps.to(torch.float64) * (2 * torch.pi / size)
         roots = torch.complex(angle.cos(), angle.sin())
         for quarter, exact in enumerate((1, 1j, -1, -1j)):
-            roots[4 * steps == quarter * size] = exact
+            roots.masked_fill_(4 * steps == quarter * size, exact)
         position = torch.arange(taps, device=device) - (taps - 1) // 2
         factors.append(roots[(frequency[rows, None] * position) % size])
     return (factors[0][:, :, None] * factors[1][:, None, :]).flatten(1)

@@ -5,6 +5,7 @@ The format is described in ``docs/packed-format.md``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,9 +72,7 @@ def layout(shape: tuple[int, ...] | torch.Size | list[int]) -> Layout:
     """The :class:`Layout` of maps of shape ``(B, C, H, W)``."""
     batch, channels, height, width = shape
     tile = tile_size(batch, channels, height, width)
-    return Layout(
-        batch, channels, height, width, stored_frequencies(height, width), tile, -(-batch * channels // tile)
-    )
+    return Layout(batch, channels, height, width, stored_frequencies(height, width), tile, -(-batch * channels // tile))
 
 
 class PackedSpectrum:
@@ -116,6 +115,12 @@ class PackedSpectrum:
         self.offsets = offsets
         self.shape = torch.Size(shape)
         self.value_dtype = value_dtype
+
+    @classmethod
+    def of(cls, fields: Sequence[Tensor], shape: Sequence[int], value_dtype: str) -> PackedSpectrum:
+        """From the five tensors that the packing ops return: edge, values, scales, bitmap, offsets."""
+        edge, values, scales, bitmap, offsets = fields
+        return cls(edge, values, scales, bitmap, offsets, tuple(shape), value_dtype)
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
@@ -275,7 +280,7 @@ def value_dtype_name(op: str, value_dtype: torch.dtype | str | None, precision: 
     return check_choice(op, "value_dtype", name, VALUE_DTYPES)
 
 
-def make_edge(kept: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def make_edge(kept: int | torch.SymInt, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A differentiable ``(kept, 2)`` tensor with a single element of storage; see :class:`PackedSpectrum`."""
     return torch.zeros(1, dtype=dtype, device=device).expand(kept, 2)
 

@@ -134,7 +134,9 @@ def test_bytes_follow_the_formula():
     assert packed.offsets.numel() * 4 < 0.01 * values
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 4, 4), (128, 64, 16, 16), (64, 3, 224, 224), (7, 13, 28, 28), (128, 6, 28, 28)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 4, 4), (128, 64, 16, 16), (64, 3, 224, 224), (7, 13, 28, 28), (128, 6, 28, 28)]
+)
 def test_tiles_are_powers_of_two_with_little_padding(shape: tuple[int, int, int, int]):
     tile, sizes = tile_size(*shape), layout(shape)
     assert tile in (32, 64, 128, 256, 512, 1024)

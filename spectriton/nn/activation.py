@@ -18,6 +18,8 @@ class SpectralActivation(nn.Module):
         scale: initial value of the learnable scale, in units of the ortho spectrum.
     """
 
+    scale: Tensor | None
+
     def __init__(self, kind: str = "tanh", channels: int | None = None, scale: float = 1.0) -> None:
         super().__init__()
         self.kind = ops.check_activation("SpectralActivation", kind)

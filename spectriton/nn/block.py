@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectriton import ops
 from spectriton.nn.activation import scale_parameter
@@ -35,6 +35,10 @@ class SpecBlock(nn.Module):
     Shapes: packed ``(B, I, H, W)`` to packed ``(B, O, H, W)``.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    activation_scale: Tensor | None
+
     def __init__(
         self,
         in_channels: int,
@@ -59,10 +63,7 @@ class SpecBlock(nn.Module):
         self.value_dtype = value_dtype
         self.workspace = workspace
         self.last_density: float | None = None
-        self.weight, bias_parameter = conv_parameters(
-            in_channels, out_channels, kernel_size, groups, bias, device, dtype
-        )
-        self.register_parameter("bias", bias_parameter)
+        self.weight, self.bias = conv_parameters(in_channels, out_channels, kernel_size, groups, bias, device, dtype)
         scale = None if activation_scale is None else scale_parameter(out_channels, activation_scale, device, dtype)
         self.register_parameter("activation_scale", scale)
 

@@ -23,6 +23,9 @@ class SpectralConv2d(nn.Module):
     Shapes: ``(B, I, H, W)`` to ``(B, O, ceil(H / stride), ceil(W / stride))``.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         in_channels: int,
@@ -42,10 +45,7 @@ class SpectralConv2d(nn.Module):
         self.padding_mode = padding_mode
         self.groups = groups
         self.workspace = workspace
-        self.weight, bias_parameter = conv_parameters(
-            in_channels, out_channels, kernel_size, groups, bias, device, dtype
-        )
-        self.register_parameter("bias", bias_parameter)
+        self.weight, self.bias = conv_parameters(in_channels, out_channels, kernel_size, groups, bias, device, dtype)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, workspace: int | None = None) -> SpectralConv2d:
@@ -87,8 +87,8 @@ def conv_parameters(
     bias: bool,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Taps ``(O, I / groups, kh, kw)`` and bias ``(O,)``, initialised as ``nn.Conv2d`` does it (from the same draws)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Parameters, taps ``(O, I / groups, kh, kw)`` and bias ``(O,)``, drawn exactly as ``nn.Conv2d`` draws them."""
     conv = nn.Conv2d(
         in_channels, out_channels, kernel_size, padding="same", groups=groups, bias=bias, device=device, dtype=dtype
     )

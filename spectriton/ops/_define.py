@@ -9,6 +9,10 @@ import torch
 
 from spectriton._registry import register_body
 
+#: In schemas: the tensors of a packed spectrum as arguments (its edge comes first, apart), and as results.
+PACKED_FIELDS = "Tensor values, Tensor scales, Tensor bitmap, Tensor offsets"
+PACKED_RESULT = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+
 
 def define_op(schema: str) -> Callable[[Callable[..., Any]], Any]:
     """Define ``spectriton::<function name>`` with the decorated function as its body on every device.

@@ -5,7 +5,7 @@ A plane is one ``(batch, channel)`` map. A chunk holds whole tiles, so packing o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from spectriton._backend import backend, workspace_bytes
 from spectriton.frequencies import FrequencyGrid, frequency_grid
-from spectriton.packed import VALUE_DTYPES, Layout, make_edge
+from spectriton.packed import VALUE_DTYPES, Layout, layout, make_edge
+from spectriton.reference import row_pattern
 
 # Moduli are counted by the leading bits of their float32 pattern: bins of 0.2 % of the modulus.
 _HISTOGRAM_SHIFT = 14
@@ -27,6 +28,22 @@ class Packed(NamedTuple):
     scales: Tensor
     bitmap: Tensor
     offsets: Tensor
+
+
+def fake_packed(like: Tensor, dtype: torch.dtype, shape: Sequence[int], value_dtype: str) -> Packed:
+    """Shapes and dtypes of packed maps ``shape`` whose number of kept coefficients is not known yet."""
+    sizes = layout(tuple(shape))
+    kept = torch.library.get_ctx().new_dynamic_size()
+    pairs = () if value_dtype == "int4" else (2,)
+    offsets = like.new_empty(sizes.frequencies, sizes.tiles, dtype=torch.int32)
+    quantised = value_dtype in ("int8", "int4")
+    return Packed(
+        make_edge(kept, dtype, like.device),
+        like.new_empty(kept, *pairs, dtype=VALUE_DTYPES[value_dtype]),
+        like.new_empty(offsets.shape if quantised else (0,), dtype=torch.float32),
+        like.new_empty(sizes.bitmap_shape, dtype=torch.uint8),
+        offsets,
+    )
 
 
 class Packer:
@@ -190,14 +207,13 @@ def in_row_order(packed: Packed, sizes: Layout, workspace: int) -> Packed:
     The reference reads rows by slices then. The kernels do not care for the order.
     """
     device = packed.values.device
-    primitives = backend(device)
-    if primitives.name != "reference":
+    if backend(device).name != "reference":
         return packed
     values = torch.empty_like(packed.values)
     offsets = torch.empty_like(packed.offsets)
     first = 0
     for rows in row_chunks(torch.arange(sizes.frequencies, device=device), 32 * sizes.padded_row, workspace):
-        pattern = primitives.row_pattern(packed.bitmap, packed.offsets, rows, 0, sizes.tiles)
+        pattern = row_pattern(packed.bitmap, packed.offsets, rows, 0, sizes.tiles)
         last = first + pattern.positions.numel()
         values[first:last] = packed.values[pattern.slots]
         running = torch.cumsum(pattern.counts, 0) - pattern.counts + first

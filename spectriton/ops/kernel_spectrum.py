@@ -21,9 +21,7 @@ def _basis(weight: Tensor, height: int, width: int, rows: Tensor) -> Tensor:
 def _kernel_spectrum(weight: Tensor, height: int, width: int, rows: Tensor, groups: int) -> Tensor:
     outputs, inputs = weight.shape[:2]
     out = weight.new_empty(rows.numel(), groups, 2 * inputs, 2 * outputs // groups)
-    return backend(weight.device).kernel_spectrum(
-        weight.contiguous(), _basis(weight, height, width, rows), groups, out
-    )
+    return backend(weight.device).kernel_spectrum(weight.contiguous(), _basis(weight, height, width, rows), groups, out)
 
 
 @_kernel_spectrum.register_fake
@@ -36,9 +34,7 @@ def _kernel_spectrum_adjoint(
     grad: Tensor, weight: Tensor, height: int, width: int, rows: Tensor, groups: int
 ) -> Tensor:
     out = weight.new_zeros(weight.shape)
-    backend(weight.device).kernel_spectrum_adjoint(
-        grad.contiguous(), _basis(weight, height, width, rows), groups, out
-    )
+    backend(weight.device).kernel_spectrum_adjoint(grad.contiguous(), _basis(weight, height, width, rows), groups, out)
     return out
 
 

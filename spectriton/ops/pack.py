@@ -10,9 +10,10 @@ from torch import Tensor
 from spectriton._check import check_complex, check_rank, check_real_maps, fail
 from spectriton.frequencies import frequency_grid
 from spectriton.ops._arguments import check_packed, check_rule, check_workspace
-from spectriton.ops._define import define_op
+from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
     Packed,
+    fake_packed,
     gather_planes,
     half_planes,
     pack_planes,
@@ -20,10 +21,7 @@ from spectriton.ops._planes import (
     resolve_workspace,
     unpack_planes,
 )
-from spectriton.packed import VALUE_DTYPES, PackedSpectrum, layout, make_edge, value_dtype_name
-
-_PACKED = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_FIELDS = "Tensor values, Tensor scales, Tensor bitmap, Tensor offsets"
+from spectriton.packed import PackedSpectrum, layout, value_dtype_name
 
 
 def _precision(tensor: Tensor) -> torch.dtype:
@@ -35,28 +33,12 @@ def _weight(shape: list[int], device: torch.device) -> Tensor:
     return frequency_grid(shape[2], shape[3], device).weight
 
 
-def _fake_packed(like: Tensor, shape: list[int], value_dtype: str) -> Packed:
-    """Shapes and dtypes of a packed result whose number of kept coefficients is not known yet."""
-    sizes = layout(shape)
-    kept = torch.library.get_ctx().new_dynamic_size()
-    pairs = () if value_dtype == "int4" else (2,)
-    offsets = like.new_empty(sizes.frequencies, sizes.tiles, dtype=torch.int32)
-    quantised = value_dtype in ("int8", "int4")
-    return Packed(
-        make_edge(kept, _precision(like), like.device),
-        like.new_empty(kept, *pairs, dtype=VALUE_DTYPES[value_dtype]),
-        like.new_empty(offsets.shape if quantised else (0,), dtype=torch.float32),
-        like.new_empty(sizes.bitmap_shape, dtype=torch.uint8),
-        offsets,
-    )
-
-
 # -- half spectrum <-> packed ---------------------------------------------------------------------------------------
 
 
 @define_op(
     f"(Tensor spectrum, int height, int width, float threshold, float density, str value_dtype, int workspace) "
-    f"-> {_PACKED}"
+    f"-> {PACKED_RESULT}"
 )
 def _pack(
     spectrum: Tensor, height: int, width: int, threshold: float, density: float, value_dtype: str, workspace: int
@@ -78,7 +60,7 @@ def _pack(
 def _(
     spectrum: Tensor, height: int, width: int, threshold: float, density: float, value_dtype: str, workspace: int
 ) -> Packed:
-    return _fake_packed(spectrum, [*spectrum.shape[:2], height, width], value_dtype)
+    return fake_packed(spectrum, _precision(spectrum), [*spectrum.shape[:2], height, width], value_dtype)
 
 
 @define_op("(Tensor grad, Tensor bitmap, Tensor offsets, SymInt[] shape, int workspace) -> Tensor")
@@ -122,25 +104,19 @@ def _pack_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 _pack.register_autograd(_pack_autograd, setup_context=_pack_setup)
 
 
-@define_op(f"(Tensor edge, {_FIELDS}, SymInt[] shape) -> Tensor")
-def _unpack(
-    edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int]
-) -> Tensor:
+@define_op(f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape) -> Tensor")
+def _unpack(edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int]) -> Tensor:
     """Packed to half spectra ``(B, C, H, Wh)``."""
     out = torch.empty(*shape[:3], shape[3] // 2 + 1, 2, dtype=edge.dtype, device=values.device)
     half = torch.view_as_complex(out).flatten(0, 1)
     workspace = resolve_workspace(0, values.device)
-    for first, last, part in unpack_planes(
-        values, scales, bitmap, offsets, layout(shape), None, edge.dtype, workspace
-    ):
+    for first, last, part in unpack_planes(values, scales, bitmap, offsets, layout(shape), None, edge.dtype, workspace):
         half[first:last] = part
     return torch.view_as_complex(out)
 
 
 @_unpack.register_fake
-def _(
-    edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int]
-) -> Tensor:
+def _(edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int]) -> Tensor:
     dtype = torch.complex128 if edge.dtype == torch.float64 else torch.complex64
     return values.new_empty(*shape[:3], shape[3] // 2 + 1, dtype=dtype)
 
@@ -182,7 +158,7 @@ _unpack.register_autograd(_unpack_autograd, setup_context=_unpack_setup)
 # -- maps <-> packed ------------------------------------------------------------------------------------------------
 
 
-@define_op(f"(Tensor x, float threshold, float density, str value_dtype, int workspace) -> {_PACKED}")
+@define_op(f"(Tensor x, float threshold, float density, str value_dtype, int workspace) -> {PACKED_RESULT}")
 def _to_spectral(x: Tensor, threshold: float, density: float, value_dtype: str, workspace: int) -> Packed:
     dtype = _precision(x)
     return pack_planes(
@@ -199,7 +175,7 @@ def _to_spectral(x: Tensor, threshold: float, density: float, value_dtype: str, 
 
 @_to_spectral.register_fake
 def _(x: Tensor, threshold: float, density: float, value_dtype: str, workspace: int) -> Packed:
-    return _fake_packed(x, list(x.shape), value_dtype)
+    return fake_packed(x, _precision(x), x.shape, value_dtype)
 
 
 @define_op("(Tensor grad, Tensor bitmap, Tensor offsets, SymInt[] shape, int workspace) -> Tensor")
@@ -247,14 +223,12 @@ def _maps(
     x = torch.empty(shape, dtype=dtype, device=values.device)
     planes = x.view(-1, *shape[2:])
     workspace = resolve_workspace(workspace, values.device)
-    for first, last, half in unpack_planes(
-        values, scales, bitmap, offsets, layout(shape), row_scale, dtype, workspace
-    ):
+    for first, last, half in unpack_planes(values, scales, bitmap, offsets, layout(shape), row_scale, dtype, workspace):
         torch.fft.irfft2(half, s=(shape[2], shape[3]), norm="ortho", out=planes[first:last])
     return x
 
 
-@define_op(f"(Tensor edge, {_FIELDS}, SymInt[] shape, int workspace) -> Tensor")
+@define_op(f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, int workspace) -> Tensor")
 def _to_spatial(
     edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
 ) -> Tensor:
@@ -351,7 +325,7 @@ def pack(
     level, fraction = check_rule("pack", threshold, density)
     name = value_dtype_name("pack", value_dtype, _precision(spectrum))
     fields = _pack(spectrum, height, width, level, fraction, name, check_workspace("pack", workspace))
-    return PackedSpectrum(*fields, (*spectrum.shape[:2], height, width), name)
+    return PackedSpectrum.of(fields, (*spectrum.shape[:2], height, width), name)
 
 
 def unpack(packed: PackedSpectrum) -> Tensor:
@@ -380,7 +354,7 @@ def to_spectral(
     level, fraction = check_rule("to_spectral", threshold, density)
     name = value_dtype_name("to_spectral", value_dtype, _precision(x))
     fields = _to_spectral(x, level, fraction, name, check_workspace("to_spectral", workspace))
-    return PackedSpectrum(*fields, x.shape, name)
+    return PackedSpectrum.of(fields, x.shape, name)
 
 
 def to_spatial(packed: PackedSpectrum, *, workspace: int | None = None) -> Tensor:
@@ -401,5 +375,3 @@ def to_spatial(packed: PackedSpectrum, *, workspace: int | None = None) -> Tenso
         list(packed.shape),
         check_workspace("to_spatial", workspace),
     )
-
-

@@ -12,7 +12,6 @@ from spectriton._check import check_real_maps, fail
 from spectriton.ops._arguments import check_window
 from spectriton.ops._define import define_op
 
-
 # Argmax positions are int64 on their way to a code; this many of them at a time stay in the cache.
 _CHUNK = 1 << 16
 
@@ -81,9 +80,7 @@ def _(x: Tensor, kernel: list[int], stride: list[int]) -> tuple[Tensor, Tensor]:
 
 
 @define_op("(Tensor grad, Tensor codes, SymInt[] shape, SymInt[] kernel, SymInt[] stride) -> Tensor")
-def _max_pool2d_backward(
-    grad: Tensor, codes: Tensor, shape: list[int], kernel: list[int], stride: list[int]
-) -> Tensor:
+def _max_pool2d_backward(grad: Tensor, codes: Tensor, shape: list[int], kernel: list[int], stride: list[int]) -> Tensor:
     bits = _code_bits(kernel)
     per_byte = 8 // bits
     corners, window = _corners(shape[2:], kernel, stride, grad.device), _window(shape[3], kernel, grad.device)

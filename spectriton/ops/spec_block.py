@@ -13,23 +13,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectriton._backend import ReferenceBackend, TritonBackend, backend
+from spectriton._backend import Backend, backend
 from spectriton._check import fail
 from spectriton.frequencies import FrequencyGrid, frequency_grid, tap_basis
 from spectriton.ops._arguments import check_activation, check_convolution, check_packed, check_rule, check_workspace
-from spectriton.ops._define import define_op
-from spectriton.ops._planes import Histogram, Packed, Packer, keep_from_density, resolve_workspace, row_chunks
-from spectriton.packed import VALUE_DTYPES, Layout, PackedSpectrum, layout, make_edge, value_dtype_name
-
-_PACKED = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_FIELDS = "Tensor values, Tensor scales, Tensor bitmap, Tensor offsets"
-_RULE = "float threshold, float density, str kind, str value_dtype"
+from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
+from spectriton.ops._planes import (
+    Histogram,
+    Packed,
+    Packer,
+    fake_packed,
+    keep_from_density,
+    resolve_workspace,
+    row_chunks,
+)
+from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
 
 
 class _Walk(NamedTuple):
     """What forward and backward share: sizes, grid, and how many frequencies fit the workspace."""
 
-    primitives: ReferenceBackend | TritonBackend
+    primitives: Backend
     inputs: Layout
     outputs: Layout
     grid: FrequencyGrid
@@ -107,8 +111,8 @@ def _dc_gain(sizes: Layout) -> float:
 
 
 @define_op(
-    f"(Tensor edge, {_FIELDS}, Tensor weight, Tensor? bias, Tensor? activation_scale, SymInt[] shape, int groups, "
-    f"{_RULE}, int workspace) -> {_PACKED}"
+    f"(Tensor edge, {PACKED_FIELDS}, Tensor weight, Tensor? bias, Tensor? activation_scale, SymInt[] shape, "
+    f"int groups, float threshold, float density, str kind, str value_dtype, int workspace) -> {PACKED_RESULT}"
 )
 def _spec_block(
     edge: Tensor,
@@ -165,18 +169,7 @@ def _(
     value_dtype: str,
     workspace: int,
 ) -> Packed:
-    sizes = layout((shape[0], weight.shape[0], *shape[2:]))
-    kept = torch.library.get_ctx().new_dynamic_size()
-    pairs = () if value_dtype == "int4" else (2,)
-    new_offsets = edge.new_empty(sizes.frequencies, sizes.tiles, dtype=torch.int32)
-    quantised = value_dtype in ("int8", "int4")
-    return Packed(
-        make_edge(kept, edge.dtype, edge.device),
-        edge.new_empty(kept, *pairs, dtype=VALUE_DTYPES[value_dtype]),
-        edge.new_empty(new_offsets.shape if quantised else (0,), dtype=torch.float32),
-        edge.new_empty(sizes.bitmap_shape, dtype=torch.uint8),
-        new_offsets,
-    )
+    return fake_packed(edge, edge.dtype, (shape[0], weight.shape[0], *shape[2:]), value_dtype)
 
 
 @define_op(
@@ -359,6 +352,4 @@ def spec_block(
         name,
         check_workspace(op, workspace),
     )
-    return PackedSpectrum(*fields, (packed.shape[0], outputs, *packed.shape[2:]), name)
-
-
+    return PackedSpectrum.of(fields, (packed.shape[0], outputs, *packed.shape[2:]), name)

@@ -31,12 +31,12 @@ def _fast_size(size: int) -> int:
     return size
 
 
-def _transform_size(size: tuple[int, int], kernel_size: tuple[int, int], padding_mode: str) -> tuple[int, int]:
-    """Size of the transform: that of the maps, or with room for the zeros that taps reach beyond them."""
-    if padding_mode == "circular":
-        return size
-    height, width = (_fast_size(n + k // 2) for n, k in zip(size, kernel_size, strict=True))
-    return height, width
+def _grid(x: Tensor, weight: Tensor, padding_mode: str) -> FrequencyGrid:
+    """Frequencies of the transform: of the maps, or with room for the zeros that taps reach beyond them."""
+    height, width = x.shape[2:]
+    if padding_mode == "zeros":
+        height, width = _fast_size(height + weight.shape[2] // 2), _fast_size(width + weight.shape[3] // 2)
+    return frequency_grid(height, width, x.device)
 
 
 def _output_size(size: int, stride: int) -> int:
@@ -88,7 +88,7 @@ def _spectral_conv2d(
 ) -> Tensor:
     batch, _, height, width = x.shape
     dtype = _precision(x)
-    grid = frequency_grid(*_transform_size((height, width), tuple(weight.shape[2:]), padding_mode), x.device)
+    grid = _grid(x, weight, padding_mode)
     spectrum = _rows(x, grid, dtype)
     mixed = spectrum.new_empty(grid.count, batch, weight.shape[0], 2)
     for rows, _, weights in _chunks(x, weight, grid, dtype, groups, workspace):
@@ -132,7 +132,7 @@ def _spectral_conv2d_backward(
     """Gradients for the maps and the taps. The spectrum of the maps is made again rather than kept."""
     height, width = x.shape[2:]
     dtype = _precision(x)
-    grid = frequency_grid(*_transform_size((height, width), tuple(weight.shape[2:]), padding_mode), x.device)
+    grid = _grid(x, weight, padding_mode)
     full = grad
     if tuple(stride) != (1, 1):
         full = grad.new_zeros(*grad.shape[:2], height, width)

@@ -46,9 +46,7 @@ def activate(parts: Tensor, kind: str, scale: Tensor | None) -> Tensor:
     return h(parts) if scale is None else scale * h(parts / scale)
 
 
-def activate_backward(
-    grad: Tensor, output: Tensor, kind: str, scale: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def activate_backward(grad: Tensor, output: Tensor, kind: str, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Gradient for the input of :func:`activate`, and the terms whose sum is the gradient for ``scale``."""
     if kind == "identity":
         return grad.clone(), None if scale is None else torch.zeros_like(grad)

@@ -21,7 +21,7 @@ CASES = [
     (6, 3, 3, 1, 2, 4),  # more outputs than inputs a group
     (40, 9, 1, 3, 1, 3),  # several blocks of inputs and outputs
     (3, 2, 1, 7, 5, 4),  # several blocks of taps
-    (2, 3, 1, 3, 3, 140),  # frequencies shared out, and several blocks of them
+    (2, 3, 1, 3, 3, 141),  # frequencies shared out (not evenly), and several blocks of them
 ]
 
 

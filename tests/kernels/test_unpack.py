@@ -95,7 +95,7 @@ def test_round_trip(device):
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (6, 1), (4, 4), (5, 7), (3, 8), (6, 5), (12, 13)])
 @pytest.mark.parametrize(
     ("tile", "length", "t0", "t1", "count"),
-    [(32, 70, 0, 3, 70), (32, 70, 1, 3, 38), (32, 70, 1, 2, 5), (64, 6, 0, 1, 6)],
+    [(32, 70, 0, 3, 70), (32, 70, 1, 3, 38), (32, 70, 1, 2, 5), (64, 6, 0, 1, 6), (128, 300, 1, 3, 172)],
 )
 def test_unpack_planes(tile, length, t0, t1, count, size, device):
     height, width = size

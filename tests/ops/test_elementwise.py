@@ -19,7 +19,14 @@ def random(*shape: int, device: torch.device | str = "cpu") -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("x", "w"),
-    [((2, 3, 4, 5), (2, 3, 4, 5)), ((2, 3, 4, 5), (3, 1, 5)), ((1,), (7, 1, 3)), ((), (4,)), ((0, 3), (3,)), ((5, 1), (1, 6))],
+    [
+        ((2, 3, 4, 5), (2, 3, 4, 5)),
+        ((2, 3, 4, 5), (3, 1, 5)),
+        ((1,), (7, 1, 3)),
+        ((), (4,)),
+        ((0, 3), (3,)),
+        ((5, 1), (1, 6)),
+    ],
 )
 @pytest.mark.parametrize("conj_w", [False, True])
 def test_complex_product(backend: str, device: torch.device, x: tuple[int, ...], w: tuple[int, ...], conj_w: bool):
@@ -82,7 +89,9 @@ def test_spectral_activation(backend: str, device: torch.device, kind: str, scal
     leaves = [x] if scale is None else [x, scale]
     grad = torch.randn_like(got)
     for a, b in zip(
-        torch.autograd.grad(got, leaves, grad, retain_graph=True), torch.autograd.grad(expected, leaves, grad), strict=True
+        torch.autograd.grad(got, leaves, grad, retain_graph=True),
+        torch.autograd.grad(expected, leaves, grad),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 
@@ -137,15 +146,16 @@ def test_kernel_spectrum_gradients(backend: str, device: torch.device, groups: i
         torch.library.opcheck(torch.ops.spectriton.kernel_spectrum.default, (weight, 5, 6, rows, groups))
 
 
+SINGLE = torch.complex64
 BAD = [
-    (lambda: ops.complex_product(torch.zeros(2), torch.zeros(2, dtype=torch.cfloat)), TypeError, "expected a complex"),
-    (lambda: ops.complex_product(*(torch.zeros(n, dtype=torch.cfloat) for n in (2, 3))), ValueError, "broadcast"),
-    (lambda: ops.complex_product(torch.zeros(2, dtype=torch.cfloat), torch.zeros(2, dtype=COMPLEX)), TypeError, "dtype"),
-    (lambda: ops.channel_mix(*(torch.zeros(2, n, 4, dtype=torch.cfloat) for n in (3, 5))), ValueError, "input channels"),
-    (lambda: ops.channel_mix(*(torch.zeros(2, dtype=torch.cfloat) for _ in "xw")), ValueError, "at least 2 dimensions"),
+    (lambda: ops.complex_product(torch.zeros(2), torch.zeros(2, dtype=SINGLE)), TypeError, "expected a complex"),
+    (lambda: ops.complex_product(*(torch.zeros(n, dtype=SINGLE) for n in (2, 3))), ValueError, "broadcast"),
+    (lambda: ops.complex_product(torch.zeros(2, dtype=SINGLE), torch.zeros(2, dtype=COMPLEX)), TypeError, "dtype"),
+    (lambda: ops.channel_mix(*(torch.zeros(2, n, 4, dtype=SINGLE) for n in (3, 5))), ValueError, "input channels"),
+    (lambda: ops.channel_mix(*(torch.zeros(2, dtype=SINGLE) for _ in "xw")), ValueError, "at least 2 dimensions"),
     (lambda: ops.spectral_activation(torch.zeros(2, 3)), TypeError, "expected a complex tensor"),
-    (lambda: ops.spectral_activation(torch.zeros(2, 3, dtype=torch.cfloat), "tan"), ValueError, "did you mean 'tanh'"),
-    (lambda: ops.spectral_activation(torch.zeros(2, 3, dtype=torch.cfloat), scale=torch.ones(2)), ValueError, r"\(3,\)"),
+    (lambda: ops.spectral_activation(torch.zeros(2, 3, dtype=SINGLE), "tan"), ValueError, "did you mean 'tanh'"),
+    (lambda: ops.spectral_activation(torch.zeros(2, 3, dtype=SINGLE), scale=torch.ones(2)), ValueError, r"\(3,\)"),
     (lambda: ops.kernel_spectrum(torch.zeros(2, 3, 3), (4, 4)), ValueError, "4 dimensions"),
     (lambda: ops.kernel_spectrum(torch.zeros(2, 1, 3, 3), (4, 4), groups=3), ValueError, "divisor"),
 ]  # fmt: skip

@@ -35,17 +35,13 @@ def test_gradients_equal_those_of_dense_masks(
     grad_maps = torch.randn(shape, dtype=torch.float64, device=device)
     packed = ops.to_spectral(x, threshold=0.9, workspace=workspace)
     dense = oracles.masked(torch.fft.rfft2(x, norm="ortho"), 0.9)
-    expected = torch.autograd.grad(
-        torch.fft.irfft2(dense, s=shape[2:], norm="ortho"), x, grad_maps, retain_graph=True
-    )
+    expected = torch.autograd.grad(torch.fft.irfft2(dense, s=shape[2:], norm="ortho"), x, grad_maps, retain_graph=True)
     got = torch.autograd.grad(ops.to_spatial(packed, workspace=workspace), x, grad_maps, retain_graph=True)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
     # Through the dense half spectrum: real maps cannot tell its redundant columns apart.
     through_dense = torch.fft.irfft2(packed.to_dense(), s=shape[2:], norm="ortho")
-    torch.testing.assert_close(
-        torch.autograd.grad(through_dense, x, grad_maps), expected, rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(torch.autograd.grad(through_dense, x, grad_maps), expected, rtol=0, atol=1e-10)
 
 
 def test_gradcheck_of_packing(backend: str, device: torch.device):
@@ -134,7 +130,11 @@ BAD = [
     (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=float("nan")), ValueError, "got nan"),
     (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), density=1.5), ValueError, "fraction from 0 to 1"),
     (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=1, value_dtype="int5"), ValueError, "did you mean"),
-    (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=1, workspace=0), ValueError, "positive number of bytes"),
+    (
+        lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=1, workspace=0),
+        ValueError,
+        "positive number of bytes",
+    ),
     (lambda: ops.to_spatial(torch.randn(1, 3, 4, 4)), TypeError, "ToSpectral"),
     (lambda: ops.unpack(torch.randn(1, 3, 4, 4)), TypeError, "expected a PackedSpectrum"),
 ]

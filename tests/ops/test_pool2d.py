@@ -9,7 +9,14 @@ from torch.autograd import gradcheck
 
 from spectriton import ops
 
-CASES = [((8, 8), 2, None), ((7, 9), 2, None), ((9, 9), 3, 2), ((10, 12), (2, 3), (3, 2)), ((5, 5), 5, None), ((6, 6), 1, 2)]
+CASES = [
+    ((8, 8), 2, None),
+    ((7, 9), 2, None),
+    ((9, 9), 3, 2),
+    ((10, 12), (2, 3), (3, 2)),
+    ((5, 5), 5, None),
+    ((6, 6), 1, 2),
+]
 
 
 @pytest.mark.parametrize(("size", "kernel", "stride"), CASES)

@@ -23,9 +23,7 @@ def taps(outputs: int, inputs: int, kernel: tuple[int, int], device: torch.devic
 def compare(got: Tensor, expected: Tensor, leaves: Sequence[Tensor]) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
     grad = torch.randn_like(got)
-    for a, b in zip(
-        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
@@ -109,7 +107,9 @@ def test_single_precision_agrees_to_rounding():
     x = torch.randn(8, 6, 12, 12, requires_grad=True)
     weight, bias = torch.randn(10, 6, 3, 3, requires_grad=True), torch.randn(10, requires_grad=True)
     got = ops.to_spatial(ops.spec_block(ops.to_spectral(x, threshold=0.0), weight, bias, threshold=0.0))
-    dense = oracles.block(torch.fft.rfft2(x.double(), norm="ortho"), (12, 12), weight.double(), bias.double(), 0.0, "tanh")
+    dense = oracles.block(
+        torch.fft.rfft2(x.double(), norm="ortho"), (12, 12), weight.double(), bias.double(), 0.0, "tanh"
+    )
     expected = torch.fft.irfft2(dense, s=(12, 12), norm="ortho")
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-5)
 

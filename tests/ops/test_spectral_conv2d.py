@@ -16,9 +16,7 @@ DOUBLE = torch.float64
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (10, 7)])
 @pytest.mark.parametrize("padding_mode", ["circular", "zeros"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_equals_convolution_in_space(
-    kernel: tuple[int, int], size: tuple[int, int], padding_mode: str, groups: int
-):
+def test_equals_convolution_in_space(kernel: tuple[int, int], size: tuple[int, int], padding_mode: str, groups: int):
     x = torch.randn(2, 4, *size, dtype=DOUBLE, requires_grad=True)
     weight = torch.randn(8, 4 // groups, *kernel, dtype=DOUBLE, requires_grad=True)
     bias = torch.randn(8, dtype=DOUBLE, requires_grad=True)
@@ -92,9 +90,7 @@ def test_gradcheck_and_opcheck():
     weight = torch.randn(2, 2, 3, 3, dtype=DOUBLE, requires_grad=True)
     bias = torch.randn(2, dtype=DOUBLE, requires_grad=True)
     assert gradcheck(lambda *t: ops.spectral_conv2d(*t, stride=2, padding_mode="zeros"), (x, weight, bias))
-    torch.library.opcheck(
-        torch.ops.spectriton.spectral_conv2d.default, (x, weight, bias, [1, 2], "circular", 1, 0)
-    )
+    torch.library.opcheck(torch.ops.spectriton.spectral_conv2d.default, (x, weight, bias, [1, 2], "circular", 1, 0))
 
 
 def test_saves_maps_and_taps_only():

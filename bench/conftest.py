@@ -1,0 +1,55 @@
+"""Benchmarks: spectriton against plain PyTorch, side by side in groups.
+
+.. code-block:: bash
+
+    python -m pytest bench --benchmark-only                                # all
+    python -m pytest bench --benchmark-only -k spec_block                  # some
+    BENCH_QUICK=1 python -m pytest bench --benchmark-only                  # small and short, for shape only
+    python -m pytest bench --benchmark-only --benchmark-json=bench.json    # and then
+    python -m bench.report bench.json                                      # a table and a plot of it
+
+A bare checkout needs ``PYTHONPATH=.:kernels`` and torch, triton, pytest and pytest-benchmark; nothing is installed. Every
+benchmark checks its contenders before it times them. What is measured, and how bytes are counted, is in
+``bench/timing.py`` and at the top of each benchmark.
+
+======================== ===============================================================================================
+``BENCH_QUICK=1``        small sizes, few rounds: the whole folder in less than a minute on two CPU cores
+``BENCH_DEVICE=cpu``     not on the GPU, though there is one
+``BENCH_BUDGET=0.3``     seconds of rounds for each contender (within a fewest and a most number of rounds)
+``BENCH_SECONDS=200``    skip what has not begun after so many seconds, so that results are written in time
+``BENCH_COMMIT=abc1234`` what to call the commit where there is no git (a copied tree)
+``SPECTRITON_BACKEND``   ``reference`` times the plain PyTorch implementation on a GPU, too
+======================== ===============================================================================================
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.timing import DEVICE, Measure, stopwatch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rounds are timed by the stopwatch, which knows of CUDA events."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.benchmark(timer=stopwatch, disable_gc=True))
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """The name of the host is nobody's business."""
+    machine_info.pop("node", None)
+
+
+def pytest_report_header() -> str:
+    return f"bench: on {DEVICE}"
+
+
+@pytest.fixture
+def measure(benchmark: Any) -> Measure:
+    """Times a contender; see :class:`bench.timing.Measure`."""
+    return Measure(benchmark)
