@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import DEVICE, generator
-from spectriton import PackedSpectrum
-from spectriton._backend import ReferenceBackend
+from spectriton import PackedSpectrum, reference
 from spectriton.frequencies import frequency_grid
 from spectriton.packed import Layout, layout
 
@@ -66,7 +65,7 @@ def packed_rows(y: Tensor, sizes: Layout, threshold: float) -> tuple[Tensor, Ten
     """``(bitmap, offsets, values)`` of pairs ``(F, P, 2)``, in order, by the reference."""
     bitmap, offsets, values, cursor = empty_packed(sizes, y.shape[0] * y.shape[1])
     rows = torch.arange(sizes.frequencies, device=DEVICE)
-    ReferenceBackend.pack_rows(y, sizes.row, threshold, rows, 0, bitmap, offsets, values, cursor)
+    reference.pack_rows(y, sizes.row, threshold, rows, 0, bitmap, offsets, values, cursor)
     return bitmap, offsets, values[: int(cursor)].clone()
 
 

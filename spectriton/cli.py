@@ -144,9 +144,9 @@ def build_app() -> Any:
         typer.Option(help="Modulus below which a coefficient is dropped (beta).", rich_help_panel=data_panel),
     ]
     ValueDtype: TypeAlias = Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="How kept coefficients are stored: float32, float16, bfloat16, int8, int4.",
+            help="How kept coefficients are stored: float32, float16, bfloat16, int8, int4; default: the model's.",
             rich_help_panel=data_panel,
         ),
     ]
@@ -202,7 +202,7 @@ def build_app() -> Any:
         model: Model = "lenet",
         data: Data = "digits",
         threshold: Threshold = 0.5,
-        value_dtype: ValueDtype = "float32",
+        value_dtype: ValueDtype = None,
         paper: Paper = False,
         image_size: ImageSize = None,
         data_dir: DataDir = None,
@@ -250,7 +250,7 @@ def build_app() -> Any:
         model: Model = "lenet",
         data: Data = "digits",
         threshold: Threshold = 0.5,
-        value_dtype: ValueDtype = "float32",
+        value_dtype: ValueDtype = None,
         paper: Paper = False,
         image_size: ImageSize = None,
         data_dir: DataDir = None,

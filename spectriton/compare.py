@@ -19,6 +19,7 @@ from torch import nn
 
 from spectriton import _check, environment, memory, models, report
 from spectriton.data import ImageData, load
+from spectriton.packed import VALUE_DTYPES
 from spectriton.plots import draw_curves, draw_memory
 from spectriton.report import VARIANTS
 from spectriton.train import (
@@ -32,14 +33,6 @@ from spectriton.train import (
     training_step,
 )
 
-VALUE_DTYPES: dict[str, Any] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "int4": "int4",
-}
-
 
 @dataclass(frozen=True)
 class CompareConfig:
@@ -49,7 +42,8 @@ class CompareConfig:
         model: a name that :func:`spectriton.models.build` knows.
         data: a name that :func:`spectriton.data.load` knows.
         threshold: modulus below which a coefficient is dropped (the paper's beta).
-        value_dtype: how kept coefficients are stored, one of ``VALUE_DTYPES``.
+        value_dtype: how kept coefficients are stored, a key of :data:`spectriton.packed.VALUE_DTYPES`; the model's own
+            choice where ``None``.
         paper: keep to the paper instead of the best known settings.
         image_size: edge in pixels that the network is given; the data's own where ``None``.
         train_limit, test_limit: use only the first so many images.
@@ -63,7 +57,7 @@ class CompareConfig:
     model: str = "lenet"
     data: str = "digits"
     threshold: float = 0.5
-    value_dtype: str = "float32"
+    value_dtype: str | None = None
     paper: bool = False
     image_size: int | None = None
     train_limit: int | None = None
@@ -73,8 +67,9 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         _check.check_threshold("CompareConfig", self.threshold)
-        _check.check_choice("CompareConfig", "value_dtype", self.value_dtype, VALUE_DTYPES)
-        if self.paper and self.value_dtype != "float32":
+        if self.value_dtype is not None:
+            _check.check_choice("CompareConfig", "value_dtype", self.value_dtype, VALUE_DTYPES)
+        if self.paper and self.value_dtype not in (None, "float32"):
             _check.fail(
                 "CompareConfig",
                 "value_dtype",
@@ -109,8 +104,8 @@ def build_network(config: CompareConfig, data: ImageData, variant: str) -> nn.Mo
     """
     _check.check_choice("build_network", "variant", variant, VARIANTS)
     options: dict[str, Any] = {"threshold": config.threshold, "paper": config.paper}
-    if variant == "spectral" and config.value_dtype != "float32":
-        options["value_dtype"] = VALUE_DTYPES[config.value_dtype]
+    if config.value_dtype is not None:
+        options["value_dtype"] = config.value_dtype
     seed_everything(config.train.seed)
     return models.build(
         config.model,

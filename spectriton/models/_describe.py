@@ -60,10 +60,12 @@ class Options:
     Attributes:
         threshold: modulus of the ortho spectrum below which coefficients are dropped.
         density: instead of the threshold, the fraction of coefficients to keep.
-        paper: keep to arXiv 1905.10915: plain tanh, float32 values. The settings below are ignored then.
+        paper: keep to arXiv 1905.10915: plain tanh, values in the precision of the network. Of the settings below only
+            ``workspace`` is looked at then.
         activation: see :class:`spectriton.nn.SpecBlock`.
-        activation_scale: initial value of the learnt scale of the activation; None for no scale.
-        value_dtype: format of the kept values.
+        activation_scale: initial value of the learnt scale of the activation, in units of the ortho spectrum; None for
+            no scale.
+        value_dtype: format of the kept values; None for the precision of the network.
         workspace: bound on temporaries in bytes.
     """
 
@@ -71,8 +73,8 @@ class Options:
     density: float | None = None
     paper: bool = False
     activation: str = "tanh"
-    activation_scale: float | None = 3.0
-    value_dtype: torch.dtype | str | None = None
+    activation_scale: float | None = 10.0
+    value_dtype: torch.dtype | str | None = "float16"
     workspace: int | None = None
 
     @classmethod
@@ -93,6 +95,7 @@ class Options:
                 density=settings.density,
                 paper=True,
                 activation_scale=None,
+                value_dtype=None,
                 workspace=settings.workspace,
             )
         return settings

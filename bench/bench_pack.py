@@ -1,0 +1,135 @@
+"""Threshold compaction: the primitive ``pack_rows``, ``ops.pack`` and ``ops.to_spectral`` against torch.
+
+Plain torch is ``abs``, a comparison and ``masked_select``, which gives the same values but, as their places, a byte a
+coefficient instead of a bit; for ``to_spectral``, ``rfft2`` goes before. Maps are photograph-like, the threshold keeps
+0.24 of the coefficients.
+
+Bytes: the dense side read once; kept values, bitmap and offsets written once. (The half spectrum in between is not counted
+in ``to_spectral``: staying in the cache is the point.) Buffers of the primitive are there before the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.maps import Shape, empty_packed, independent, packed_nbytes, photograph_like, spectrum_rows, threshold_for
+from bench.timing import CUDA, DEVICE, Measure, by_size, contenders, error, nbytes
+from spectriton import PackedSpectrum, ops, reference
+from spectriton._backend import backend
+from spectriton.packed import layout
+
+SHAPE: Shape = by_size(cuda=(128, 128, 56, 56), cpu=(64, 64, 32, 32), quick=(8, 32, 16, 16))
+DENSITY = 0.24
+
+
+def select(z: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Plain torch: (kept values, where they stood)."""
+    mask = z.abs() >= threshold
+    return z.masked_select(mask), mask
+
+
+def half_spectrum(x: Tensor) -> Tensor:
+    return torch.fft.rfft2(x, norm="ortho")
+
+
+def thresholded(half: Tensor, threshold: float) -> Tensor:
+    """The dense half spectrum of what is kept, in another way than packing: the oracle."""
+    kept = half * (half.abs() >= threshold)
+    kept[..., 0, 0] = half[..., 0, 0]
+    return kept
+
+
+@contenders("spectriton", "torch masked_select", cuda=("spectriton reference",))
+def test_pack_rows(measure: Measure, contender: str) -> None:
+    sizes = layout(SHAPE)
+    rows = torch.arange(sizes.frequencies, device=DEVICE)
+    y = spectrum_rows(SHAPE)
+    z = torch.view_as_complex(y)
+    threshold = threshold_for(z[:, : sizes.row].abs(), DENSITY)
+    kept = int((z.abs() >= threshold).sum())
+    primitives = reference if contender == "spectriton reference" else backend(DEVICE)
+
+    def pack(y: Tensor, bitmap: Tensor, offsets: Tensor, values: Tensor, cursor: Tensor) -> None:
+        primitives.pack_rows(y, sizes.row, threshold, rows, 0, bitmap, offsets, values, cursor)
+
+    def rewound(y: Tensor, *packed: Tensor) -> tuple[Any, ...]:
+        packed[-1].zero_()
+        return y, *packed
+
+    def room(number: int) -> tuple[Any, ...]:
+        return spectrum_rows(SHAPE, number), *empty_packed(sizes, 2 * kept)
+
+    def dense(number: int) -> tuple[Any, ...]:
+        return torch.view_as_complex(spectrum_rows(SHAPE, number)), threshold
+
+    dc = z[0].clone()
+    wanted = torch.where(z.abs() >= threshold, z, 0)
+    wanted[0] = dc
+    moved = nbytes(y) + packed_nbytes(kept, sizes)
+    group = f"pack_rows {SHAPE} at density {DENSITY}"
+    if contender.startswith("spectriton"):
+        bitmap, offsets, values, cursor = packed = empty_packed(sizes, 2 * kept)
+        pack(y, *packed)
+        assert kept <= int(cursor) <= kept + sizes.row
+        got = reference.unpack_rows(
+            values, values.new_empty(0), bitmap, offsets, rows, 0, sizes.tiles, torch.empty_like(y)
+        )
+        assert torch.equal(torch.view_as_complex(got), wanted)
+        measure(group, contender, pack, room, moved, prepare=rewound)
+    else:
+        values, mask = select(z, threshold)
+        assert torch.equal(torch.zeros_like(z).masked_scatter_(mask, values)[1:], wanted[1:])
+        measure(group, contender, select, dense, moved)
+
+
+@contenders("spectriton", "torch masked_select")
+def test_pack(measure: Measure, contender: str) -> None:
+    half = half_spectrum(photograph_like(SHAPE))
+    threshold = threshold_for(independent(half, SHAPE[2:]).abs(), DENSITY)
+
+    def pack(half: Tensor, threshold: float) -> PackedSpectrum:
+        return ops.pack(half, SHAPE[2:], threshold=threshold)
+
+    def inputs(number: int) -> tuple[Any, ...]:
+        return half_spectrum(photograph_like(SHAPE, number)), threshold
+
+    packed = pack(half, threshold)
+    assert abs(packed.density - DENSITY) < 0.02
+    assert error(packed.to_dense(), thresholded(half, threshold)) < 1e-3
+    measure(
+        f"pack {SHAPE} at density {DENSITY}",
+        contender,
+        pack if contender == "spectriton" else select,
+        inputs,
+        nbytes(half) + packed.nbytes,
+    )
+
+
+@contenders("spectriton", "torch rfft2 + masked_select")
+def test_to_spectral(measure: Measure, contender: str) -> None:
+    x = photograph_like(SHAPE)
+    half = half_spectrum(x)
+    threshold = threshold_for(independent(half, SHAPE[2:]).abs(), DENSITY)
+
+    def to_spectral(x: Tensor, threshold: float) -> PackedSpectrum:
+        return ops.to_spectral(x, threshold=threshold)
+
+    def transform_and_select(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+        return select(half_spectrum(x), threshold)
+
+    def inputs(number: int) -> tuple[Any, ...]:
+        return photograph_like(SHAPE, number), threshold
+
+    packed = to_spectral(x, threshold)
+    # A GPU transforms batches of other sizes by other algorithms, so coefficients at the threshold may fall either way.
+    assert error(packed.to_dense(), thresholded(half, threshold)) < (1e-2 if CUDA else 1e-3)
+    measure(
+        f"to_spectral {SHAPE} at density {DENSITY}",
+        contender,
+        to_spectral if contender == "spectriton" else transform_and_select,
+        inputs,
+        nbytes(x) + packed.nbytes,
+    )

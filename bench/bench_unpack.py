@@ -1,0 +1,123 @@
+"""Packed to dense: the primitive ``unpack_rows``, ``ops.unpack`` and ``ops.to_spatial`` against torch.
+
+Plain torch is ``masked_scatter_`` into zeros with the mask held as a byte a coefficient; for ``to_spatial``, ``irfft2``
+comes after. Maps are photograph-like, 0.24 of the coefficients are kept.
+
+Bytes: kept values, bitmap and offsets read once, the dense side written once. The result of the primitive, and of
+``masked_scatter_`` beside it, is there before the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.maps import Shape, independent, packed_nbytes, packed_rows, photograph_like, spectrum_rows, threshold_for
+from bench.timing import DEVICE, Measure, by_size, contenders, error, nbytes
+from spectriton import PackedSpectrum, ops, reference
+from spectriton._backend import backend
+from spectriton.packed import layout
+
+SHAPE: Shape = by_size(cuda=(128, 128, 56, 56), cpu=(64, 64, 32, 32), quick=(8, 32, 16, 16))
+DENSITY = 0.24
+
+
+def scatter(values: Tensor, mask: Tensor, out: Tensor) -> Tensor:
+    return out.zero_().masked_scatter_(mask, values)
+
+
+@contenders("spectriton", "torch masked_scatter_", cuda=("spectriton reference",))
+def test_unpack_rows(measure: Measure, contender: str) -> None:
+    sizes = layout(SHAPE)
+    rows = torch.arange(sizes.frequencies, device=DEVICE)
+    threshold = threshold_for(torch.view_as_complex(spectrum_rows(SHAPE))[:, : sizes.row].abs(), DENSITY)
+    primitives = reference if contender == "spectriton reference" else backend(DEVICE)
+
+    def unpack(values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+        return primitives.unpack_rows(values, scales, bitmap, offsets, rows, 0, sizes.tiles, out)
+
+    def packed(number: int) -> tuple[Any, ...]:
+        y = spectrum_rows(SHAPE, number)
+        bitmap, offsets, values = packed_rows(y, sizes, threshold)
+        return values, values.new_empty(0), bitmap, offsets, torch.full_like(y, torch.nan)
+
+    def masked(number: int) -> tuple[Any, ...]:
+        values, scales, bitmap, offsets, out = packed(number)
+        z = torch.view_as_complex(out)
+        reference.unpack_rows(values, scales, bitmap, offsets, rows, 0, sizes.tiles, out)
+        return torch.view_as_complex(values), z != 0, z.fill_(torch.nan)
+
+    spectriton = contender.startswith("spectriton")
+    call, inputs = (unpack, packed) if spectriton else (scatter, masked)
+    z = torch.view_as_complex(spectrum_rows(SHAPE))
+    wanted = torch.where(z.abs() >= threshold, z, 0)
+    wanted[0] = z[0]
+    got = call(*inputs(0))
+    assert torch.equal(torch.view_as_complex(got) if spectriton else got, wanted)
+    moved = packed_nbytes(packed(0)[0].shape[0], sizes) + nbytes(z)
+    measure(f"unpack_rows {SHAPE} at density {DENSITY}", contender, call, inputs, moved)
+
+
+def spectra(number: int, threshold: float) -> tuple[Tensor, PackedSpectrum]:
+    """(maps, their packed spectrum)."""
+    x = photograph_like(SHAPE, number)
+    return x, ops.to_spectral(x, threshold=threshold)
+
+
+def threshold_of_maps() -> float:
+    half = torch.fft.rfft2(photograph_like(SHAPE), norm="ortho")
+    return threshold_for(independent(half, SHAPE[2:]).abs(), DENSITY)
+
+
+def scatter_new(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
+
+
+def scatter_and_transform(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.fft.irfft2(scatter_new(values, mask), s=SHAPE[2:], norm="ortho")
+
+
+@contenders("spectriton", "torch masked_scatter_")
+def test_unpack(measure: Measure, contender: str) -> None:
+    threshold = threshold_of_maps()
+
+    def packed(number: int) -> tuple[Any, ...]:
+        return (spectra(number, threshold)[1],)
+
+    def masked(number: int) -> tuple[Any, ...]:
+        half = ops.unpack(spectra(number, threshold)[1])
+        return half.masked_select(half != 0), half != 0
+
+    call, inputs = (ops.unpack, packed) if contender == "spectriton" else (scatter_new, masked)
+    x, spectrum = spectra(0, threshold)
+    half = torch.fft.rfft2(x, norm="ortho")
+    dropped = error(call(*inputs(0)), half)
+    # What is dropped, and nothing else, is missing.
+    energy = torch.linalg.vector_norm(half[half.abs() < threshold]) / torch.linalg.vector_norm(half)
+    assert abs(dropped - float(energy)) < 1e-3
+    measure(
+        f"unpack {SHAPE} at density {DENSITY}", contender, call, inputs, spectrum.nbytes + nbytes(half)
+    )
+
+
+@contenders("spectriton", "torch masked_scatter_ + irfft2")
+def test_to_spatial(measure: Measure, contender: str) -> None:
+    threshold = threshold_of_maps()
+
+    def packed(number: int) -> tuple[Any, ...]:
+        return (spectra(number, threshold)[1],)
+
+    def masked(number: int) -> tuple[Any, ...]:
+        half = ops.unpack(spectra(number, threshold)[1])
+        return half.masked_select(half != 0), half != 0
+
+    call, inputs = (ops.to_spatial, packed) if contender == "spectriton" else (scatter_and_transform, masked)
+    x, spectrum = spectra(0, threshold)
+    wanted = torch.fft.irfft2(ops.unpack(spectrum), s=SHAPE[2:], norm="ortho")
+    assert error(wanted, x) < 0.5
+    assert error(call(*inputs(0)), wanted) < 1e-5
+    measure(
+        f"to_spatial {SHAPE} at density {DENSITY}", contender, call, inputs, spectrum.nbytes + nbytes(x)
+    )

@@ -1,0 +1,197 @@
+"""Layers: drop-ins for torch.nn where they have a counterpart, and good citizens of the ecosystem everywhere."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spectriton import PackedSpectrum, ops
+from spectriton import nn as snn
+from tests import oracles
+
+
+def blocks(seed: int = 0, **options: object) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        snn.ToSpectral(0.2),
+        snn.SpecBlock(3, 6, 3, 0.4, **options),
+        snn.SpecBlock(6, 4, (5, 3), 0.4, **options),
+        snn.ToSpatial(),
+    )
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert x.grad is not None
+    return [x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("padding_mode", ["circular", "zeros"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_spectral_conv2d_shares_state_with_conv2d(padding_mode: str, groups: int, bias: bool):
+    conv = nn.Conv2d(3, 6, 3, padding="same", padding_mode=padding_mode, groups=groups, bias=bias).double()
+    layer = snn.SpectralConv2d(3, 6, 3, padding_mode=padding_mode, groups=groups, bias=bias, dtype=torch.float64)
+    layer.load_state_dict(conv.state_dict())
+    conv.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), conv(x), rtol=0, atol=1e-10)
+    twin = snn.SpectralConv2d.from_conv2d(conv)
+    assert twin.weight is conv.weight and twin.bias is conv.bias
+    torch.testing.assert_close(twin(x), conv(x), rtol=0, atol=1e-10)
+
+
+def test_initial_values_are_those_of_conv2d():
+    made = []
+    for layer in (nn.Conv2d, snn.SpectralConv2d, snn.SpecBlock):
+        torch.manual_seed(3)
+        made.append(layer(4, 5, 3).state_dict())
+    for name in ("weight", "bias"):
+        assert torch.equal(made[0][name], made[1][name]) and torch.equal(made[0][name], made[2][name])
+
+
+def test_spec_block_is_the_paper_by_default():
+    block = snn.SpecBlock(3, 6, 3, threshold=0.5, activation="tanh")
+    assert set(dict(block.named_parameters())) == {"weight", "bias"}
+    assert all(p.dtype == torch.float32 for p in block.parameters())
+    x = torch.randn(2, 3, 8, 8)
+    packed = ops.to_spectral(x, threshold=0.0)
+    out = block(packed)
+    expected = oracles.block(torch.fft.rfft2(x, norm="ortho"), (8, 8), block.weight, block.bias, 0.5, "tanh")
+    torch.testing.assert_close(out.to_dense(), expected.detach(), rtol=0, atol=1e-5)
+    assert block.last_density == out.density
+    block_of_conv = snn.SpecBlock.from_conv2d(nn.Conv2d(3, 6, 3, padding=1), threshold=0.5)
+    assert block_of_conv(packed).shape == (2, 6, 8, 8)
+
+
+def test_learnt_scale_learns():
+    model = blocks(activation_scale=2.0)
+    scales = [p for name, p in model.named_parameters() if name.endswith("activation_scale")]
+    assert [p.shape for p in scales] == [(6,), (4,)]
+    gradients(model, torch.randn(2, 3, 8, 8) * 3)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in scales)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_scale": 2.0, "value_dtype": "int8"}])
+def test_checkpointing_gives_the_same_gradients(options: dict[str, object]):
+    model, x = blocks(**options), torch.randn(2, 3, 8, 8)
+    expected = gradients(model, x)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed = checkpoint(self.inner[1], self.inner[0](x), use_reentrant=False)
+            assert isinstance(packed, PackedSpectrum)
+            return self.inner[3](checkpoint(self.inner[2], packed, use_reentrant=False))
+
+    for a, b in zip(gradients(Checkpointed(), x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_offloading_what_is_saved():
+    model, x = blocks(), torch.randn(2, 3, 8, 8)
+    expected = gradients(model, x)
+    with torch.autograd.graph.save_on_cpu():
+        got = gradients(model, x)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_hooks_copies_and_state(tmp_path):
+    model, x = blocks(), torch.randn(2, 3, 8, 8)
+    seen: list[object] = []
+    model[1].register_forward_hook(lambda module, args, out: seen.extend([args[0], out]))
+    expected = model(x)
+    assert [type(s) for s in seen] == [PackedSpectrum, PackedSpectrum]
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = blocks(seed=1)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(other(x), expected)
+
+
+def test_gradient_of_two_consumers_is_summed():
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    packed = ops.to_spectral(x, threshold=0.3)
+    first, second = ops.to_spatial(packed), packed.to_dense()
+    (both,) = torch.autograd.grad(first.square().sum() + second.abs().square().sum(), x, retain_graph=True)
+    (a,) = torch.autograd.grad(first.square().sum(), x, retain_graph=True)
+    (b,) = torch.autograd.grad(second.abs().square().sum(), x)
+    torch.testing.assert_close(both, a + b)
+
+
+def test_double_precision_network_and_moving():
+    model = blocks().double()
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    assert model(torch.randn(1, 3, 5, 5, dtype=torch.float64)).dtype == torch.float64
+    assert "threshold=0.4" in repr(model) and "activation=tanh" in repr(model)
+
+
+def test_no_gradient_asked_for():
+    model = blocks()
+    with torch.no_grad():
+        assert not model(torch.randn(1, 3, 6, 6)).requires_grad
+    frozen = blocks().requires_grad_(False)
+    x = torch.randn(1, 3, 6, 6, requires_grad=True)
+    frozen(x).sum().backward()
+    assert x.grad is not None
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 6, 6))
+
+
+def test_autocast_leaves_spectra_in_single_precision():
+    model, x = blocks(), torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    torch.testing.assert_close(y, model(x))
+
+
+def test_spectral_activation_module():
+    layer = snn.SpectralActivation("tanh", channels=3, scale=2.0)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.complex64)
+    torch.testing.assert_close(layer(x), ops.spectral_activation(x, "tanh", torch.full((3,), 2.0)))
+    assert snn.SpectralActivation("asinh").scale is None
+
+
+@pytest.mark.parametrize("name", ["MaxPool2d", "AvgPool2d"])
+def test_pooling_modules(name: str):
+    x = torch.randn(2, 3, 9, 8)
+    torch.testing.assert_close(getattr(snn, name)(3, 2)(x), getattr(nn, name)(3, 2)(x))
+    torch.testing.assert_close(getattr(snn, name)(2)(x), getattr(nn, name)(2)(x))
+
+
+BAD = [
+    (lambda: snn.SpecBlock(3, 4, 3, threshold=-1.0), ValueError, "SpecBlock: threshold got -1.0"),
+    (lambda: snn.SpecBlock(3, 4, 3, threshold=0.5, density=0.5), ValueError, "got both"),
+    (lambda: snn.SpecBlock(3, 4, 3, activation="gelu"), ValueError, "activation got 'gelu'"),
+    (lambda: snn.SpecBlock(3, 4, 3, activation_scale=0.0), ValueError, "positive number"),
+    (lambda: snn.ToSpectral(float("nan")), ValueError, "ToSpectral: threshold got nan"),
+    (lambda: snn.SpectralConv2d(3, 4, 3, padding_mode="reflect"), ValueError, "padding_mode got 'reflect'"),
+    (lambda: snn.SpectralConv2d(3, 4, 3, stride=0), ValueError, "stride got 0"),
+    (lambda: snn.SpectralConv2d.from_conv2d(nn.Linear(3, 4)), TypeError, "expected an nn.Conv2d"),
+    (lambda: snn.SpectralConv2d.from_conv2d(nn.Conv2d(3, 4, 3)), ValueError, "padding got"),
+    (lambda: snn.SpectralConv2d.from_conv2d(nn.Conv2d(3, 4, 3, padding=2, dilation=2)), ValueError, "dilation"),
+    (lambda: snn.SpecBlock.from_conv2d(nn.Conv2d(3, 4, 3, padding=1, stride=2)), ValueError, "stride got"),
+    (lambda: snn.SpecBlock(3, 4, 3)(torch.zeros(1, 3, 4, 4)), TypeError, "ToSpectral"),
+    (lambda: snn.SpecBlock(3, 4, 3)(ops.to_spectral(torch.zeros(1, 2, 4, 4), threshold=0)), ValueError, "2 channels"),
+    (lambda: snn.ToSpatial()(torch.zeros(1, 3, 4, 4)), TypeError, "PackedSpectrum"),
+    (lambda: snn.MaxPool2d(0), ValueError, "kernel_size got 0"),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "text"), BAD)
+def test_bad_input(call, kind: type[Exception], text: str):
+    with pytest.raises(kind, match=text):
+        call()
