@@ -1,7 +1,7 @@
 """Mixing of channels, frequency by frequency: ``ops.channel_mix`` against ``torch.einsum`` on complex64.
 
-On a GPU ``ops.channel_mix`` multiplies embedded real matrices, on which TF32 takes effect; the complex product of einsum
-stays in single precision (and gains nothing from the tensor cores either way).
+On a GPU ``ops.channel_mix`` multiplies embedded real matrices, on which TF32 takes effect. The complex product of
+einsum is asked for TF32 as well, for what it makes of it.
 
 Bytes: ``x`` and ``w`` read, the result written. Operations: eight for each complex multiplication and addition.
 """

@@ -1,10 +1,10 @@
 """Taps to embedded weights ``[[re, im], [-im, re]]`` at all stored frequencies, and the adjoint, against torch.
 
-Plain torch: ``rfft2`` of the padded and centred taps, or a matrix product with the Fourier basis, each followed by picking
-the stored frequencies and embedding; for the adjoint, folding the blocks and the transposed matrix product.
+Plain torch: ``rfft2`` of the padded and centred taps, or a matrix product with the Fourier basis, each followed by
+picking the stored frequencies and embedding; for the adjoint, folding the blocks and the transposed matrix product.
 
-Bytes: taps, basis and weights, each once. Taps and basis are next to nothing: writing (the adjoint: reading) the weights
-is the work.
+Bytes: taps, basis and weights, each once. Taps and basis are next to nothing: writing (the adjoint: reading) the
+weights is the work.
 """
 
 from __future__ import annotations

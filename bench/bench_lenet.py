@@ -1,15 +1,16 @@
 """A training step (forward, loss, backward, SGD with momentum) of the LeNet twins: batch 128, 28x28, one channel.
 
 Timed by the host's clock between synchronisations, since launching is a part of what a user waits for; gradients are
-cleared before each step, outside of it.
+cleared before each step, outside of it. On a GPU products are in TF32 unless bf16 (autocast) is said.
 
-Bytes: the images; what is saved for backward, written once and read once (measured, see :mod:`spectriton.memory`); and of
-parameters seven times their size (read by forward and backward; gradient written and read; momentum read and written;
-parameter written). ``peak_bytes`` is beyond images, parameters and momentum.
+Bytes: the images; what is saved for backward, written once and read once (measured, see :mod:`spectriton.memory`);
+and seven times the parameters (read by forward and by backward; gradient written and read; momentum read and
+written; parameter written). ``peak_bytes`` is beyond images, parameters and momentum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def test_training_step(measure: Measure, contender: str) -> None:
     net = build(contender if spectral else "spatial")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     is_compiled = "compile" in contender
-    run = net
+    run: Callable[..., Any] = net
     numbers = "bf16" if contender.startswith("spatial") and contender.endswith("bf16") else "tf32"
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def test_training_step(measure: Measure, contender: str) -> None:
             loss = nn.functional.cross_entropy(run(images), labels)
         loss.backward()
         optimizer.step()
-        return loss
+        return loss.detach()
 
     def prepare(images: Tensor, labels: Tensor) -> tuple[Any, ...]:
         optimizer.zero_grad(set_to_none=True)
@@ -92,5 +93,5 @@ def test_training_step(measure: Measure, contender: str) -> None:
             prepare=prepare,
             state=(net, [optimizer.state[p] for p in net.parameters()]),
             events=False,
-            **({} if is_compiled else usage.as_dict()),
+            notes={} if is_compiled else usage.as_dict(),
         )

@@ -8,8 +8,8 @@
     python -m pytest bench --benchmark-only --benchmark-json=bench.json    # and then
     python -m bench.report bench.json                                      # a table and a plot of it
 
-A bare checkout needs ``PYTHONPATH=.:kernels`` and torch, triton, pytest and pytest-benchmark; nothing is installed. Every
-benchmark checks its contenders before it times them. What is measured, and how bytes are counted, is in
+A bare checkout needs ``PYTHONPATH=.:kernels`` and torch, triton, pytest and pytest-benchmark; nothing is installed.
+Every benchmark checks its contenders before it times them. What is measured, and how bytes are counted, is in
 ``bench/timing.py`` and at the top of each benchmark.
 
 ======================== ===============================================================================================
@@ -17,6 +17,8 @@ benchmark checks its contenders before it times them. What is measured, and how 
 ``BENCH_DEVICE=cpu``     not on the GPU, though there is one
 ``BENCH_BUDGET=0.3``     seconds of rounds for each contender (within a fewest and a most number of rounds)
 ``BENCH_SECONDS=200``    skip what has not begun after so many seconds, so that results are written in time
+``BENCH_THREADS=2``      threads of torch; by default all there are, and one in a quick run (which other work on the
+                         machine then disturbs less)
 ``BENCH_COMMIT=abc1234`` what to call the commit where there is no git (a copied tree)
 ``SPECTRITON_BACKEND``   ``reference`` times the plain PyTorch implementation on a GPU, too
 ======================== ===============================================================================================

@@ -25,7 +25,7 @@ def photograph_like(shape: Shape, seed: int = 0) -> Tensor:
 
 
 def threshold_for(moduli: Tensor, density: float) -> float:
-    """By bisection, the threshold below which all but ``density`` of the moduli lie."""
+    """By bisection, a threshold between two moduli below which all but ``density`` of them lie."""
     low, high = 0.0, float(moduli.max())
     for _ in range(40):
         middle = (low + high) / 2
@@ -33,7 +33,15 @@ def threshold_for(moduli: Tensor, density: float) -> float:
             low = middle
         else:
             high = middle
-    return high
+    # Not on a modulus: which side that falls to would depend on rounding.
+    above = moduli[moduli >= high].min() if float(moduli.max()) >= high else moduli.max()
+    below = moduli[moduli < above].max() if float(moduli.min()) < float(above) else above
+    return float(above + below) / 2
+
+
+def decided(z: Tensor, threshold: float) -> Tensor:
+    """Where the modulus is not so close to the threshold that rounding decides which side it falls to."""
+    return (z.abs() - threshold).abs() > 1e-5 * threshold
 
 
 def independent(half: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,16 +1,17 @@
 """How a contender is timed, and what is reported beside its time.
 
 Time. A round is one call. On the CPU it is read from the host's clock. On a GPU it lies between two CUDA events on the
-stream; a short idle kernel goes before the first event, so that the host is ahead of the device when the round
-begins: what is measured is the work, and the launching only as far as the call itself waits for the device. Where a user
-would see the launching too (a whole training step), the host's clock between two synchronisations is taken instead.
+stream; a short idle kernel goes before the first event, so that the host is ahead of the device when the round begins:
+what is measured is the work, and the launching only as far as it takes longer than that or the call itself waits for
+the device. Where a user would see all of the launching (a whole training step), the host's clock between two
+synchronisations is taken instead.
 Every round takes the next of several sets of inputs, which together are larger than the last-level cache of a GPU,
 and whatever a round needs beforehand (a forward pass, cleared gradients) is done outside of the measured time.
 
 Bytes. Each benchmark counts the bytes its op has to move: every input read once, every output written once. All
-contenders of a group that compute the same from the same are given the same count, whatever they really move, so GB/s is
-useful work per second. Beside it stands ``clone`` of a tensor of half as many bytes (half read, half written), timed the
-same way in the same run.
+contenders of a group that compute the same from the same are given the same count, whatever they really move, so GB/s
+is useful work per second. Beside it stands ``clone`` of a tensor of half as many bytes (half read, half written), timed
+the same way in the same run.
 
 Memory. ``peak_bytes`` is what one call (with its preparation, such as the forward pass before a backward one) needs at
 its peak beyond its inputs and parameters, results included: from the allocator on CUDA, from
@@ -28,7 +29,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +51,8 @@ CUDA = DEVICE.type == "cuda"
 # Seconds of rounds for each contender, and the fewest and most rounds.
 BUDGET = float(os.environ.get("BENCH_BUDGET") or (0.05 if QUICK else 0.3 if CUDA else 1.0))
 FEWEST, MOST = (3, 5) if QUICK else (10, 100) if CUDA else (5, 30)
+if threads := os.environ.get("BENCH_THREADS", "1" if QUICK else ""):
+    torch.set_num_threads(int(threads))
 # Past this many seconds since the start, what is left is skipped.
 LIMIT = float(os.environ.get("BENCH_SECONDS") or math.inf)
 
@@ -74,9 +77,20 @@ def generator(seed: int) -> torch.Generator:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` for fixed shapes; the caches are cleared, so that no contender inherits another's guards."""
+    """``torch.compile`` for fixed shapes; the benchmark is skipped where the machine cannot compile.
+
+    The caches are cleared, so that no contender inherits another's guards.
+    """
     torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
+    run = torch.compile(function, dynamic=False)
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return run(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as reason:
+            pytest.skip(f"torch.compile: {str(reason).strip().splitlines()[0]}")
+
+    return call
 
 
 @contextlib.contextmanager
@@ -100,7 +114,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
     """Norm of the difference over the norm of what is wanted; NaN where anything is not finite."""
     wide = torch.complex128 if wanted.is_complex() else torch.float64
     difference = torch.linalg.vector_norm(got.to(wide) - wanted.to(wide))
-    return float(difference / torch.linalg.vector_norm(wanted.to(wide)))
+    return float((difference / torch.linalg.vector_norm(wanted.to(wide))).detach())
 
 
 # -- the clock -------------------------------------------------------------------------------------------------------
@@ -262,7 +276,7 @@ class Measure:
         flops: int | None = None,
         state: Any = (),
         events: bool = True,
-        **notes: Any,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """Warm up, measure the peak, run the rounds.
 
@@ -277,7 +291,7 @@ class Measure:
             flops: counted floating-point operations.
             state: modules and tensors besides the inputs that are there before the call.
             events: see :meth:`Stopwatch.lap`.
-            **notes: go into ``extra_info``.
+            notes: go into ``extra_info``.
         """
         benchmark = self.benchmark
         benchmark.group = group
@@ -328,7 +342,7 @@ class Measure:
             "peak_bytes": peak,
             "input_sets": count,
             **({} if flops is None else {"flops": flops, "gflop_per_s": flops / median / 1e9}),
-            **notes,
+            **(notes or {}),
             **environment(),
         }
 

@@ -65,6 +65,7 @@ class Packer:
         quantised = value_dtype in ("int8", "int4")
         self.scales = torch.zeros(self.offsets.shape if quantised else 0, dtype=torch.float32, device=device)
         self._pieces: list[Tensor] = []
+        self._buffer: Tensor | None = None
         self._kept = 0
 
     def append_rows(
@@ -106,9 +107,10 @@ class Packer:
     def _room(self, coefficients: int) -> tuple[Tensor, Tensor]:
         """Room for every coefficient of a chunk, so that nothing can be lost, and a cursor into it."""
         device = self.bitmap.device
-        pairs = () if self.value_dtype == "int4" else (2,)
-        room = torch.empty(coefficients, *pairs, dtype=VALUE_DTYPES[self.value_dtype], device=device)
-        return room, torch.zeros(1, dtype=torch.int64, device=device)
+        if self._buffer is None or self._buffer.shape[0] < coefficients:
+            pairs = () if self.value_dtype == "int4" else (2,)
+            self._buffer = torch.empty(coefficients, *pairs, dtype=VALUE_DTYPES[self.value_dtype], device=device)
+        return self._buffer, torch.zeros(1, dtype=torch.int64, device=device)
 
     def _take(self, room: Tensor, cursor: Tensor, rows: Tensor | slice, tiles: slice) -> None:
         """Hold on to what a chunk kept, and let its offsets count from the beginning."""
@@ -126,8 +128,8 @@ class Packer:
     def finish(self) -> Packed:
         """The packed tensors, values in one piece."""
         pieces = self._pieces or [self._room(0)[0]]
+        self._pieces, self._buffer = [], None
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        self._pieces = []
         edge = make_edge(self._kept, self.dtype, values.device)
         return Packed(edge, values, self.scales, self.bitmap, self.offsets)
 

@@ -11,6 +11,7 @@ from spectriton.reference.pattern import (
     RowPattern,
     half_positions,
     per_row,
+    row_index,
     row_pattern,
     tile_counts,
     to_bits,
@@ -108,31 +109,35 @@ def pack_planes(
     mask = torch.zeros(grid.count, padded, dtype=torch.bool, device=half.device)
     torch.logical_not(below.T.contiguous().index_select(0, grid.index), out=mask[:, :count])
     mask[0, :count] = True
-    rows = torch.arange(grid.count, device=half.device)
-    pattern = _mark(mask, rows, t0, bitmap, offsets, cursor)
+    pattern = _mark(mask, None, t0, bitmap, offsets, cursor)
     places = half_positions(pattern, padded, grid.index, flat.shape[1])
     kept = torch.view_as_real(flat.view(-1).index_select(0, places))
-    _store(kept, pattern, rows, t0, values, cursor, scales)
+    _store(kept, pattern, None, t0, values, cursor, scales)
 
 
-def _mark(mask: Tensor, rows: Tensor, t0: int, bitmap: Tensor, offsets: Tensor, cursor: Tensor) -> RowPattern:
+def _mark(mask: Tensor, rows: Tensor | None, t0: int, bitmap: Tensor, offsets: Tensor, cursor: Tensor) -> RowPattern:
     """Writes bitmap and offsets of what ``mask`` ``(Fc, Tc * tile)`` keeps, values going to ``cursor`` and on."""
     tile = bitmap.shape[2] * 8
     bits = to_bits(mask).view(mask.shape[0], -1, tile // 8)
-    tiles = slice(t0, t0 + bits.shape[1])
-    counts = tile_counts(bits).flatten()
+    place = _place(rows, t0, bits.shape[1])
+    counts = tile_counts(bits)
     positions = true_positions(mask)
     first = int(cursor)
-    bitmap[rows, tiles] = bits
-    running = torch.cumsum(counts, 0) - counts + first
-    offsets[rows, tiles] = running.view(bits.shape[:2]).to(offsets.dtype)
+    bitmap[place] = bits
+    offsets[place] = (torch.cumsum(counts.flatten(), 0).view_as(counts) - counts + first).to(offsets.dtype)
+    counts = counts.flatten()
     return RowPattern(positions, slice(first, first + positions.numel()), counts)
+
+
+def _place(rows: Tensor | None, t0: int, tiles: int) -> tuple[slice | Tensor, slice]:
+    """Index of the tiles ``t0 ..`` of ``rows``, all rows for None."""
+    return slice(None) if rows is None else row_index(rows), slice(t0, t0 + tiles)
 
 
 def _store(
     kept: Tensor,
     pattern: RowPattern,
-    rows: Tensor,
+    rows: Tensor | None,
     t0: int,
     values: Tensor,
     cursor: Tensor,
@@ -142,8 +147,8 @@ def _store(
     cursor += kept.shape[0]
     if scales is not None and scales.numel():
         kept, tile_scales = quantise(kept, pattern.counts, values.dtype)
-        by_tile = tile_scales.view(rows.numel(), -1)
-        scales[rows, t0 : t0 + by_tile.shape[1]] = by_tile
+        by_tile = tile_scales.view(scales.shape[0] if rows is None else rows.numel(), -1)
+        scales[_place(rows, t0, by_tile.shape[1])] = by_tile
     if int(cursor) <= values.shape[0]:
         values[pattern.slots] = kept
 
@@ -207,8 +212,7 @@ def gather_planes(
     count = half.shape[0]
     tile = bitmap.shape[2] * 8
     tiles = -(-count // tile)
-    rows = torch.arange(grid.count, device=half.device)
-    pattern = row_pattern(bitmap, offsets, rows, t0, t0 + tiles)
+    pattern = row_pattern(bitmap, offsets, None, t0, t0 + tiles)
     flat = half.reshape(count, -1)
     places = half_positions(pattern, tiles * tile, grid.index, flat.shape[1])
     kept = torch.view_as_real(flat.view(-1).index_select(0, places))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference.pattern import RowPattern, half_positions, per_row, row_pattern
+from spectriton.reference.pattern import RowPattern, half_positions, per_row, row_index, row_pattern
 
 
 def read_values(values: Tensor, scales: Tensor, pattern: RowPattern, tile_scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,7 +38,7 @@ def unpack_rows(
     """
     if pattern is None:
         pattern = row_pattern(bitmap, offsets, rows, t0, t1)
-    tile_scales = scales[rows, t0:t1] if scales.numel() else scales
+    tile_scales = scales[row_index(rows), t0:t1] if scales.numel() else scales
     kept = read_values(values, scales, pattern, tile_scales, out.dtype)
     flat = torch.view_as_complex(out).view(-1)
     flat.zero_()
@@ -63,8 +63,7 @@ def unpack_planes(
 
     ``row_scale`` ``(F,)``, where given, multiplies each frequency.
     """
-    rows = torch.arange(grid.count, device=out.device)
-    pattern = row_pattern(bitmap, offsets, rows, t0, t1)
+    pattern = row_pattern(bitmap, offsets, None, t0, t1)
     tile_scales = scales[:, t0:t1] if scales.numel() else scales
     kept = read_values(values, scales, pattern, tile_scales, out.dtype)
     if row_scale is not None:
