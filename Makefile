@@ -58,12 +58,10 @@ test: lint
 bench: $(VENV)/.dev
 	@mkdir -p $(BENCH)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=$(BENCH)/bench.json $(PYTEST_ARGS)
+	$(BIN)/python -m bench.report $(BENCH)/bench.json
 
 gpu-suite: $(VENV)/.dev
-	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu-suite: torch finds no GPU here; install a CUDA build of torch in .venv, or run make test')"
-	SPECTRITON_BACKEND=triton $(BIN)/python -m pytest $(PYTEST_ARGS)
-	@mkdir -p $(BENCH)
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=$(BENCH)/bench-gpu.json $(PYTEST_ARGS)
+	PYTHON=$(BIN)/python bench/gpu_suite.sh $(SUITE_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -65,7 +65,7 @@ def collect(device: torch.device | None = None) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         **versions,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "gpu": torch.cuda.get_device_name(gpu) if has_gpu else None,
         "gpu_memory_bytes": torch.cuda.get_device_properties(gpu).total_memory if has_gpu else None,
         "cuda": torch.version.cuda,

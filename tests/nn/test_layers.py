@@ -195,3 +195,24 @@ BAD = [
 def test_bad_input(call, kind: type[Exception], text: str):
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_compiles_without_graph_breaks():
+    model, x = blocks(activation_scale=2.0), torch.randn(2, 3, 8, 8)
+    expected = gradients(model, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for a, b in zip(gradients(compiled, x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_distributed_data_parallel(tmp_path):
+    """One process: what matters here is that the wrapper sees every parameter's gradient."""
+    model, x = blocks(activation_scale=2.0), torch.randn(2, 3, 8, 8)
+    expected = gradients(model, x)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for a, b in zip(gradients(wrapped, x), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    finally:
+        torch.distributed.destroy_process_group()
