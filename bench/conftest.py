@@ -31,7 +31,7 @@ from typing import Any
 
 import pytest
 
-from bench.timing import DEVICE, Measure, stopwatch
+from bench.timing import DEVICE, LIMIT, Measure, out_of_time, stopwatch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,6 +54,13 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 def pytest_report_header() -> str:
     return f"bench: on {DEVICE}"
+
+
+@pytest.fixture(autouse=True)
+def in_time() -> None:
+    """Skips what begins too late."""
+    if out_of_time():
+        pytest.skip(f"BENCH_SECONDS={LIMIT:g} are over")
 
 
 @pytest.fixture

@@ -93,7 +93,14 @@ class CompareConfig:
         settings = asdict(self)
         del settings["data_dir"]
         recipe = settings.pop("train")
+        settings["value_dtype"] = self.stored_dtype
         return {**settings, **recipe, "device": self.train.resolve_device().type}
+
+    @property
+    def stored_dtype(self) -> str:
+        """The format that kept coefficients end up in: ``value_dtype``, or what the model chooses by itself."""
+        chosen = self.value_dtype or models.Options.of("CompareConfig", paper=self.paper).value_dtype
+        return str(chosen or "float32")
 
 
 def build_network(config: CompareConfig, data: ImageData, variant: str) -> nn.Module:
@@ -180,7 +187,7 @@ def train_variant(
         "variant": variant,
         "data": data.name,
         "threshold": float(config.threshold),
-        "value_dtype": config.value_dtype,
+        "value_dtype": config.stored_dtype,
         "paper": config.paper,
     }
     checkpoint = Checkpoint(Path(out_dir) / f"{variant}.pt", identity, fresh=fresh)
