@@ -162,14 +162,15 @@ def layers_forward(case: Case, contender: str) -> tuple[Forward, nn.Module, Call
     leaves = list(net.parameters())
 
     def forward(x: Tensor) -> tuple[list[Tensor], Tensor]:
-        return [x, *leaves], run(x)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled="bf16" in variant):
+            return [x, *leaves], run(x)
 
     def inputs(number: int) -> Tensor:
         # In bf16 a layer's input is the bf16 output of the one before it.
         dtype = torch.bfloat16 if "bf16" in variant else torch.float32
         return maps(case, number).to(dtype, memory_format=memory_format).requires_grad_()
 
-    with torch.autocast(DEVICE.type, enabled=False), torch.no_grad():
+    with torch.no_grad():
         x = inputs(0).double()
         weight, bias = (p.double() for p in learnt(conv))
         wanted = nn.functional.conv2d(x, weight, bias, padding="same")

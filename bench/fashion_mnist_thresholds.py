@@ -26,7 +26,6 @@ THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "spatial": ("spatial", {}),
     "paper 0.5": ("spectral", {"threshold": 0.5, "paper": True}),
-    "float32 0.5": ("spectral", {"threshold": 0.5, "value_dtype": "float32"}),
     "int8 0.5": ("spectral", {"threshold": 0.5, "value_dtype": "int8"}),
     **{f"default {t:g}": ("spectral", {"threshold": t}) for t in THRESHOLDS},
 }
@@ -85,7 +84,6 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path, conditions: str) ->
     styles = {
         "default": ("o-", "#0072b2"),
         "paper": ("s", "#d55e00"),
-        "float32": ("D", "#009e73"),
         "int8": ("^", "#cc79a7"),
     }
     labels = {"default": "default (learnt scale, float16)", "paper": "plain paper block (float32)"}

@@ -100,17 +100,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def precision(name: str) -> Iterator[None]:
-    """``fp32``, ``tf32`` or ``bf16`` (autocast, the rest in TF32) for matrix products and convolutions.
+    """``fp32``, or else TF32, in matrix products and convolutions; cuDNN picks the fastest algorithm.
 
-    cuDNN picks the fastest algorithm.
+    Autocast is left to the contender, call by call: nested in another one it would keep its copies of the weights.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     matmul.allow_tf32 = cudnn.allow_tf32 = name != "fp32"
     cudnn.benchmark = True
     try:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=name == "bf16"):
-            yield
+        yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 

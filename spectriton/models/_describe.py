@@ -60,8 +60,9 @@ class Options:
     Attributes:
         threshold: modulus of the ortho spectrum below which coefficients are dropped.
         density: instead of the threshold, the fraction of coefficients to keep.
-        paper: keep to arXiv 1905.10915: plain tanh, values in the precision of the network. Of the settings below only
-            ``workspace`` is looked at then.
+        paper: keep to arXiv 1905.10915: one threshold throughout, plain tanh, values in the precision of the network.
+            Of the settings below only ``workspace`` is looked at then.
+        input_threshold: the threshold for the images themselves; few channels cost little, so all is kept by default.
         activation: see :class:`spectriton.nn.SpecBlock`.
         activation_scale: initial value of the learnt scale of the activation, in units of the ortho spectrum; None for
             no scale.
@@ -72,6 +73,7 @@ class Options:
     threshold: float = 0.5
     density: float | None = None
     paper: bool = False
+    input_threshold: float = 0.0
     activation: str = "tanh"
     activation_scale: float | None = 10.0
     value_dtype: torch.dtype | str | None = "float16"
@@ -94,6 +96,7 @@ class Options:
                 threshold=settings.threshold,
                 density=settings.density,
                 paper=True,
+                input_threshold=settings.threshold,
                 activation_scale=None,
                 value_dtype=None,
                 workspace=settings.workspace,
@@ -152,8 +155,9 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
     for layer in layers:
         if isinstance(layer, Conv):
             if not packed:
+                rule = options.rule() if modules else {"threshold": options.input_threshold}
                 modules[f"{layer.name}_to_spectral"] = snn.ToSpectral(
-                    **options.rule(), value_dtype=options.value_dtype, workspace=options.workspace
+                    **rule, value_dtype=options.value_dtype, workspace=options.workspace
                 )
                 packed = True
             modules[layer.name] = snn.SpecBlock(

@@ -268,7 +268,7 @@ def real_planes(x: Tensor, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
     grid = frequency_grid(x.shape[2], x.shape[3], x.device)
 
     def half_of(first: int, last: int) -> Tensor:
-        half = torch.fft.rfft2(planes(first, last).to(dtype), norm="ortho")
+        half = torch.fft.rfft2(planes(first, last).to(dtype), norm="ortho").contiguous()
         return _real_where_self_conjugate(half, grid)
 
     return half_of

@@ -54,7 +54,8 @@ def _max_pool2d(x: Tensor, kernel: list[int], stride: list[int]) -> tuple[Tensor
     per_byte = 8 // _code_bits(kernel)
     codes = torch.zeros(-(-y.numel() // per_byte), dtype=torch.uint8, device=x.device)
     corners, window = _corners(size, kernel, stride, x.device), _window(size[1], kernel, x.device)
-    code_of = torch.zeros(int(window[-1]) + 1, dtype=torch.uint8, device=x.device)
+    reach = (kernel[0] - 1) * size[1] + kernel[1]
+    code_of = torch.zeros(reach, dtype=torch.uint8, device=x.device)
     code_of[window] = torch.arange(window.numel(), device=x.device).to(torch.uint8)
     steps = _plane_steps(planes.shape[0], corners.numel())
     for first in steps:

@@ -63,6 +63,13 @@ def test_paper_keeps_to_the_paper():
     found = [m for m in network.modules() if isinstance(m, snn.SpecBlock)]
     assert [b.activation for b in found] == ["tanh", "tanh"]
     assert all(b.activation_scale is None and b.value_dtype is None and b.threshold == 0.7 for b in found)
+    entries = [m.threshold for m in network.modules() if isinstance(m, snn.ToSpectral)]
+    assert entries == [0.7, 0.7]
+
+
+def test_images_are_kept_whole_by_default():
+    network = models.build("lenet", "spectral", 10, 1, 28, threshold=0.7)
+    assert [m.threshold for m in network.modules() if isinstance(m, snn.ToSpectral)] == [0.0, 0.7]
 
 
 def test_twin_saves_less():
