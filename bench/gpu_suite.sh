@@ -145,6 +145,8 @@ if [ -n "$gpu" ]; then
     note sanitizer skipped 0 "compute-sanitizer is not installed"
   fi
 else
+  # One thread: where cores are shared, threads that wait for one another take most of the time.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} BENCH_THREADS=${BENCH_THREADS:-1}
   tests=(tests/ops tests/test_packed.py)
   kernel_tests=(tests/kernels)
   if [ "$quick" = 1 ]; then

@@ -25,7 +25,8 @@ def backend_name(device: torch.device) -> str:
     """``"triton"`` or ``"reference"``: what runs on ``device``.
 
     Raises:
-        ValueError: ``SPECTRITON_BACKEND`` is set to something else than one of :data:`BACKENDS`.
+        ValueError: ``SPECTRITON_BACKEND`` is set to something else than one of :data:`BACKENDS`, or to ``triton`` for
+            the CPU without the interpreter.
     """
     choice = os.environ.get("SPECTRITON_BACKEND", "auto")
     if choice not in BACKENDS:
@@ -35,6 +36,11 @@ def backend_name(device: torch.device) -> str:
         )
     if choice == "auto":
         return "triton" if device.type == "cuda" else "reference"
+    if choice == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "spectriton: SPECTRITON_BACKEND got 'triton' for CPU tensors, expected a GPU or Triton's interpreter; "
+            "set TRITON_INTERPRET=1 before anything imports triton"
+        )
     return choice
 
 

@@ -233,12 +233,23 @@ def unpack_planes(
     row_scale: Tensor | None,
     dtype: torch.dtype,
     workspace: int,
+    out: Tensor | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields ``(first plane, one past the last, half spectra (n, H, Wh))`` chunk by chunk, mirrors filled in."""
+    """Yields ``(first plane, one past the last, half spectra (n, H, Wh))`` chunk by chunk, mirrors filled in.
+
+    The half spectra stand in ``out``, pairs ``(B * C, H, Wh, 2)``, where it is given; else in a buffer that the next
+    chunk overwrites.
+    """
     device = values.device
     grid = frequency_grid(sizes.height, sizes.width, device)
+    buffer: Tensor | None = None
     for t0, t1, first, last in plane_chunks(sizes, dtype.itemsize, workspace):
-        half = torch.empty(last - first, sizes.height, grid.half_width, 2, dtype=dtype, device=device)
+        if out is not None:
+            half = out[first:last]
+        else:
+            if buffer is None:
+                buffer = torch.empty(last - first, sizes.height, grid.half_width, 2, dtype=dtype, device=device)
+            half = buffer[: last - first]
         backend(device).unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, last - first, row_scale, half)
         yield first, last, torch.view_as_complex(half)
 
@@ -283,7 +294,11 @@ def half_planes(
     complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
 
     def half_of(first: int, last: int) -> Tensor:
-        half = planes(first, last).to(complex_dtype, copy=True)
+        half = planes(first, last).to(complex_dtype)
+        real = grid.index[grid.self_conjugate]
+        if not fold and not bool(half.flatten(1)[:, real].imag.any()):
+            return half  # as spectra of real maps are: nothing to change, so nothing to copy
+        half = half.clone(memory_format=torch.contiguous_format)
         if fold:
             flat = half.view(last - first, -1)
             flat[:, grid.index[grid.mirror_row]] += flat[:, grid.mirror_index].conj_physical()

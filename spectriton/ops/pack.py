@@ -68,17 +68,14 @@ def _pack_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[in
     """Packed gradient to the half spectrum's: zero at the positions that packing does not read."""
     grid = frequency_grid(shape[2], shape[3], grad.device)
     out = torch.empty(*shape[:3], grid.half_width, 2, dtype=grad.dtype, device=grad.device)
-    half = torch.view_as_complex(out).flatten(0, 1)
-    no_scales = grad.new_empty(0)
+    planes = out.flatten(0, 1)
+    real = grid.index[grid.self_conjugate]
+    packed = (grad.contiguous(), grad.new_empty(0), bitmap, offsets)
     workspace = resolve_workspace(workspace, grad.device)
-    for first, last, part in unpack_planes(
-        grad.contiguous(), no_scales, bitmap, offsets, layout(shape), None, grad.dtype, workspace
-    ):
-        flat = part.flatten(1)
+    for _, _, half in unpack_planes(*packed, layout(shape), None, grad.dtype, workspace, planes):
+        flat = half.view(half.shape[0], -1)
         flat[:, grid.mirror_index] = 0
-        real = grid.index[grid.self_conjugate]
         flat[:, real] = flat[:, real].real.to(flat.dtype)
-        half[first:last] = part
     return torch.view_as_complex(out)
 
 
@@ -108,10 +105,10 @@ _pack.register_autograd(_pack_autograd, setup_context=_pack_setup)
 def _unpack(edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int]) -> Tensor:
     """Packed to half spectra ``(B, C, H, Wh)``."""
     out = torch.empty(*shape[:3], shape[3] // 2 + 1, 2, dtype=edge.dtype, device=values.device)
-    half = torch.view_as_complex(out).flatten(0, 1)
     workspace = resolve_workspace(0, values.device)
-    for first, last, part in unpack_planes(values, scales, bitmap, offsets, layout(shape), None, edge.dtype, workspace):
-        half[first:last] = part
+    packed = (values, scales, bitmap, offsets)
+    for _ in unpack_planes(*packed, layout(shape), None, edge.dtype, workspace, out.flatten(0, 1)):
+        pass  # each chunk is written where it belongs
     return torch.view_as_complex(out)
 
 

@@ -152,6 +152,13 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch):
         ops.to_spectral(torch.randn(1, 1, 4, 4), threshold=0.0)
 
 
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPECTRITON_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 before anything imports triton"):
+        ops.to_spectral(torch.randn(1, 1, 4, 4), threshold=0.0)
+
+
 def test_unusable_workspace_setting(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SPECTRITON_WORKSPACE_MIB", "-3")
     with pytest.raises(ValueError, match="SPECTRITON_WORKSPACE_MIB got '-3'"):
