@@ -14,6 +14,7 @@ from torch import Tensor
 from spectriton import reference
 from spectriton.frequencies import FrequencyGrid
 from spectriton.reference import RowPattern
+from spectriton.reference.pattern import within_row
 from spectriton.reference.spectral_activation import activate_backward
 from spectriton.reference.unpack import read_values
 
@@ -138,9 +139,8 @@ class Backend:
             output = read_values(values, scales, pattern, tile_scales, out.dtype)
             of_kept = channel = None
             if scale is not None:
-                # Laid out once and looked up: cheaper than a remainder for each coefficient.
-                channels_of_row = torch.arange(out.shape[1], dtype=torch.int32, device=out.device) % channels
-                channel = channels_of_row.expand(out.shape[0], -1).reshape(-1).index_select(0, pattern.positions)
+                channel = torch.arange(out.shape[1], device=out.device) % channels
+                channel = channel.index_select(0, within_row(pattern, out.shape[0], out.shape[1]))
                 of_kept = scale.index_select(0, channel)[:, None].to(out.dtype)
             kept, terms = activate_backward(kept, output, kind, of_kept)
             if terms is not None and channel is not None:

@@ -66,6 +66,7 @@ class Packer:
         self.scales = torch.zeros(self.offsets.shape if quantised else 0, dtype=torch.float32, device=device)
         self._pieces: list[Tensor] = []
         self._buffer: Tensor | None = None
+        self._density = 0.5  # of the last chunk; a guess for the first
         self._kept = 0
 
     def append_rows(
@@ -77,44 +78,54 @@ class Packer:
         scale: Tensor | None = None,
     ) -> None:
         """Threshold, activate and pack whole rows: ``y`` ``(Fc, P, 2)`` of the frequencies ``rows``."""
-        sizes = self.sizes
-        room, cursor = self._room(y.shape[0] * y.shape[1])
-        backend(y.device).pack_rows(
-            y,
-            sizes.row,
-            threshold,
-            rows,
-            0,
-            self.bitmap,
-            self.offsets,
-            room,
-            cursor,
-            kind,
-            scale,
-            sizes.channels,
-            scales=self.scales,
-        )
-        self._take(room, cursor, rows, slice(None))
+        sizes, primitives = self.sizes, backend(y.device)
+
+        def pack(room: Tensor, cursor: Tensor) -> None:
+            primitives.pack_rows(
+                y,
+                sizes.row,
+                threshold,
+                rows,
+                0,
+                self.bitmap,
+                self.offsets,
+                room,
+                cursor,
+                kind,
+                scale,
+                sizes.channels,
+                scales=self.scales,
+            )
+
+        self._append(pack, y.shape[0] * y.shape[1], rows, slice(None))
 
     def append_planes(self, half: Tensor, grid: FrequencyGrid, t0: int, t1: int, threshold: float) -> None:
         """Threshold and pack the planes of the tiles ``t0:t1`` from their half spectra ``(n, H, Wh)``."""
-        room, cursor = self._room(grid.count * half.shape[0])
-        backend(half.device).pack_planes(
-            half, grid, threshold, t0, self.bitmap, self.offsets, room, cursor, scales=self.scales
-        )
-        self._take(room, cursor, slice(None), slice(t0, t1))
+        primitives = backend(half.device)
 
-    def _room(self, coefficients: int) -> tuple[Tensor, Tensor]:
-        """Room for every coefficient of a chunk, so that nothing can be lost, and a cursor into it."""
+        def pack(room: Tensor, cursor: Tensor) -> None:
+            primitives.pack_planes(
+                half, grid, threshold, t0, self.bitmap, self.offsets, room, cursor, scales=self.scales
+            )
+
+        self._append(pack, grid.count * half.shape[0], slice(None), slice(t0, t1))
+
+    def _append(
+        self, pack: Callable[[Tensor, Tensor], None], coefficients: int, rows: Tensor | slice, tiles: slice
+    ) -> None:
+        """Run ``pack(room, cursor)`` with room for what a chunk of so many coefficients is expected to keep.
+
+        Where the room does not do, it is made to measure and the chunk packed again: nothing is lost.
+        """
         device = self.bitmap.device
-        if self._buffer is None or self._buffer.shape[0] < coefficients:
-            pairs = () if self.value_dtype == "int4" else (2,)
-            self._buffer = torch.empty(coefficients, *pairs, dtype=VALUE_DTYPES[self.value_dtype], device=device)
-        return self._buffer, torch.zeros(1, dtype=torch.int64, device=device)
-
-    def _take(self, room: Tensor, cursor: Tensor, rows: Tensor | slice, tiles: slice) -> None:
-        """Hold on to what a chunk kept, and let its offsets count from the beginning."""
+        cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        room = self._room(min(coefficients, int(1.25 * self._density * coefficients) + 1024))
+        pack(room, cursor)
         kept = int(cursor)
+        if kept > room.shape[0]:
+            room = self._room(kept)
+            pack(room, cursor.zero_())
+        self._density = kept / max(1, coefficients)
         if self._kept + kept > torch.iinfo(torch.int32).max:
             raise ValueError(
                 f"spectriton: packed spectrum got {self._kept + kept} kept coefficients, expected at most 2^31 - 1; "
@@ -125,9 +136,18 @@ class Packer:
         self._pieces.append(room[:kept].clone())
         self._kept += kept
 
+    def _room(self, coefficients: int) -> Tensor:
+        """A buffer for values, kept for the next chunk."""
+        if self._buffer is None or self._buffer.shape[0] < coefficients:
+            pairs = () if self.value_dtype == "int4" else (2,)
+            self._buffer = torch.empty(
+                coefficients, *pairs, dtype=VALUE_DTYPES[self.value_dtype], device=self.bitmap.device
+            )
+        return self._buffer
+
     def finish(self) -> Packed:
         """The packed tensors, values in one piece."""
-        pieces = self._pieces or [self._room(0)[0]]
+        pieces = self._pieces or [self._room(0)[:0]]
         self._pieces, self._buffer = [], None
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         edge = make_edge(self._kept, self.dtype, values.device)

@@ -60,8 +60,8 @@ def _walk(weight: Tensor, shape: list[int], groups: int, dtype: torch.dtype, wor
     inputs = layout(shape)
     outputs = layout((shape[0], weight.shape[0], *shape[2:]))
     item = 2 * dtype.itemsize
-    # Dense input and output chunk; moduli, mask and positions beside them; weights with their gradient or embedding.
-    bytes_per_row = 3 * item * (inputs.padded_row + outputs.padded_row) // 2 + 3 * item * weight[:, :, 0, 0].numel()
+    # Input and output chunk; moduli, mask, positions and values beside them; weights with gradient or embedding.
+    bytes_per_row = item * (3 * inputs.padded_row + 5 * outputs.padded_row) // 2 + 3 * item * weight[:, :, 0, 0].numel()
     return _Walk(
         backend(weight.device),
         inputs,

@@ -16,6 +16,7 @@ from spectriton.reference.pattern import (
     tile_counts,
     to_bits,
     true_positions,
+    within_row,
 )
 from spectriton.reference.spectral_activation import activate
 
@@ -79,8 +80,7 @@ def pack_rows(
     if kind != "identity":
         of_kept = None
         if scale is not None:
-            # Laid out once and looked up: cheaper than a remainder for each coefficient.
-            of_kept = across(scale).expand(chunk, -1).reshape(-1).index_select(0, pattern.positions)[:, None]
+            of_kept = across(scale).index_select(0, within_row(pattern, chunk, padded))[:, None]
         kept = activate(kept, kind, of_kept)
     _store(kept, pattern, rows, t0, values, cursor, scales)
 

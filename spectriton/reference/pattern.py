@@ -106,6 +106,14 @@ def per_row(values: Tensor, pattern: RowPattern) -> Tensor:
     return torch.repeat_interleave(values, pattern.counts.view(values.numel(), -1).sum(1))
 
 
+def within_row(pattern: RowPattern, rows: int, padded: int) -> Tensor:
+    """``(n,)`` int64: where in its row each coefficient of a pattern over ``(rows, padded)`` stands.
+
+    Row starts are repeated and subtracted: much cheaper than a remainder for each coefficient.
+    """
+    return pattern.positions - per_row(torch.arange(rows, device=pattern.positions.device) * padded, pattern)
+
+
 def _kept(bits: Tensor, count: int) -> Tensor:
     """Positions of the set bits; sparse bitmaps are scanned byte by byte first."""
     if bits.device.type != "cpu" or 16 * count > 8 * bits.numel():
