@@ -26,7 +26,7 @@ THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "spatial": ("spatial", {}),
     "paper 0.5": ("spectral", {"threshold": 0.5, "paper": True}),
-    "int8 0.5": ("spectral", {"threshold": 0.5, "value_dtype": "int8"}),
+    **{f"int8 {t:g}": ("spectral", {"threshold": t, "value_dtype": "int8"}) for t in (0.25, 0.5)},
     **{f"default {t:g}": ("spectral", {"threshold": t}) for t in THRESHOLDS},
 }
 FIGURES = ("test_accuracy", "saved_bytes", "average_beyond_state_bytes", "peak_beyond_state_bytes", "seconds_per_epoch")
@@ -84,7 +84,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path, conditions: str) ->
     styles = {
         "default": ("o-", "#0072b2"),
         "paper": ("s", "#d55e00"),
-        "int8": ("^", "#cc79a7"),
+        "int8": ("^-", "#cc79a7"),
     }
     labels = {"default": "default (learnt scale, float16)", "paper": "plain paper block (float32)"}
     for kind, (style, colour) in styles.items():
