@@ -56,12 +56,23 @@ class _Walk(NamedTuple):
         return tap_basis(self.grid, self.kernel_size, rows, self.dtype)
 
 
-def _walk(weight: Tensor, shape: list[int], groups: int, dtype: torch.dtype, workspace: int) -> _Walk:
+def _walk(
+    weight: Tensor, shape: list[int], groups: int, dtype: torch.dtype, workspace: int, kept: int, kept_out: int | None
+) -> _Walk:
+    """``kept`` and ``kept_out``: coefficients kept in the input and, where it is there already, in the output."""
     inputs = layout(shape)
     outputs = layout((shape[0], weight.shape[0], *shape[2:]))
     item = 2 * dtype.itemsize
-    # Input and output chunk; moduli, mask, positions and values beside them; weights with gradient or embedding.
-    bytes_per_row = item * (3 * inputs.padded_row + 5 * outputs.padded_row) // 2 + 3 * item * weight[:, :, 0, 0].numel()
+    # Each coefficient of a chunk stands there once; one that is kept takes its position (8 bytes) and a few values on
+    # its way: read from the input; thresholded, activated and stored in forward; derived and scaled in backward.
+    share = kept / max(1, inputs.frequencies * inputs.row)
+    per_input = item + share * (8 + 2 * item)
+    if kept_out is None:
+        per_output = item + item / 2 + 1 + 0.5 * (8 + 3 * item)  # moduli and mask; half of them kept, at a guess
+    else:
+        per_output = item + kept_out / max(1, outputs.frequencies * outputs.row) * (16 + 6 * item)
+    taps = 3 * item * weight[:, :, 0, 0].numel()  # weights, their gradient or embedding
+    bytes_per_row = int(per_input * inputs.padded_row + per_output * outputs.padded_row) + taps
     return _Walk(
         backend(weight.device),
         inputs,
@@ -131,7 +142,7 @@ def _spec_block(
     value_dtype: str,
     workspace: int,
 ) -> Packed:
-    walk = _walk(weight, shape, groups, edge.dtype, workspace)
+    walk = _walk(weight, shape, groups, edge.dtype, workspace, values.shape[0], None)
     rows = torch.arange(walk.grid.count, device=weight.device)
     if threshold > 0 or density >= 0:
         # Where nothing comes in nothing goes out, and zero is below any threshold.
@@ -197,7 +208,7 @@ def _spec_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for the packed input (in its own pattern), the taps, the bias and the scale of the activation."""
     dtype = grad.dtype
-    walk = _walk(weight, shape, groups, dtype, workspace)
+    walk = _walk(weight, shape, groups, dtype, workspace, values.shape[0], out_values.shape[0])
     grad = grad.contiguous()
     grad_input = grad.new_zeros(values.shape[0] if need_input else 0, 2)
     taps = weight.to(dtype)
