@@ -153,7 +153,8 @@ def main() -> None:
         recipe = base.train
         conditions = (
             f"LeNet-5, Fashion-MNIST, {recipe.epochs} epochs, batch {recipe.batch_size}, lr {recipe.lr}, momentum "
-            f"{recipe.momentum}, up to {len(found['spatial'])} seeds (bars: standard deviation), CPU, torch {where['torch']}"
+            f"{recipe.momentum}, up to {len(found['spatial'])} seeds (bars: standard deviation), CPU, "
+            f"torch {where['torch']}"
         )
         draw(found, options.out / "curve.png", conditions)
     print(table(found))
