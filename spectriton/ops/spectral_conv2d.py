@@ -45,6 +45,8 @@ def _output_size(size: int, stride: int) -> int:
 
 def _rows(x: Tensor, grid: FrequencyGrid, dtype: torch.dtype) -> Tensor:
     """Maps ``(B, C, h, w)``, zero-padded to the size of the grid, as pairs ``(F, B, C, 2)``."""
+    if x.numel() == 0:  # torch has no transform of nothing
+        return x.new_zeros(grid.count, *x.shape[:2], 2, dtype=dtype)
     half = torch.fft.rfft2(x.to(dtype), s=(grid.height, grid.width), norm="ortho")
     return torch.view_as_real(half.flatten(2).permute(2, 0, 1)[grid.index])
 
@@ -52,9 +54,11 @@ def _rows(x: Tensor, grid: FrequencyGrid, dtype: torch.dtype) -> Tensor:
 def _maps(rows: Tensor, grid: FrequencyGrid, size: tuple[int, int]) -> Tensor:
     """Pairs ``(F, B, C, 2)`` to maps ``(B, C, *size)``, cropped from the size of the grid."""
     batch, channels = rows.shape[1:3]
+    if rows.numel() == 0:
+        return rows.new_zeros(batch, channels, *size)
     half = torch.view_as_complex(rows.new_empty(batch * channels, grid.height, grid.half_width, 2))
     spread_rows(torch.view_as_complex(rows).flatten(1), grid, half)
-    maps = torch.fft.irfft2(half, s=(grid.height, grid.width), norm="ortho") if half.numel() else half.real
+    maps = torch.fft.irfft2(half, s=(grid.height, grid.width), norm="ortho")
     return maps[:, : size[0], : size[1]].unflatten(0, (batch, channels))
 
 

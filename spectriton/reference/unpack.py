@@ -80,9 +80,7 @@ def unpack_planes(
 
 def spread_rows(rows: Tensor, grid: FrequencyGrid, out: Tensor) -> None:
     """Stored frequencies ``(F, n)`` to half spectra ``out`` ``(n, H, Wh)``, conjugate columns filled in."""
-    flat = rows.new_empty(out[0].numel(), rows.shape[1]) if out.shape[0] else rows.new_empty(grid.count, 0)
-    if not out.shape[0]:
-        return
+    flat = rows.new_empty(grid.height * grid.half_width, rows.shape[1])
     # Whole rows move to their place, and one transposition brings planes to the front.
     flat[grid.index] = rows
     flat[grid.mirror_index] = rows[grid.mirror_row].conj_physical()

@@ -93,6 +93,17 @@ def test_gradcheck_and_opcheck():
     torch.library.opcheck(torch.ops.spectriton.spectral_conv2d.default, (x, weight, bias, [1, 2], "circular", 1, 0))
 
 
+@pytest.mark.parametrize("padding_mode", ["circular", "zeros"])
+def test_empty_batch(padding_mode: str):
+    x = torch.zeros(0, 3, 4, 5, requires_grad=True)
+    weight = torch.ones(2, 3, 3, 3, requires_grad=True)
+    y = ops.spectral_conv2d(x, weight, padding_mode=padding_mode)
+    assert y.shape == (0, 2, 4, 5)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert weight.grad is not None and not weight.grad.any()
+
+
 def test_saves_maps_and_taps_only():
     saved = []
     x, weight = torch.randn(2, 3, 16, 16, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
