@@ -8,7 +8,7 @@ degrees of freedom as the map, and symmetry survives thresholding exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class FrequencyGrid:
         """Number of stored frequencies ``F``."""
         return self.index.numel()
 
-    @property
+    @cached_property
     def self_conjugate(self) -> Tensor:
         """``(<= 4,)`` int64: rows of the frequencies that are their own conjugate, whose coefficients are real."""
         return torch.nonzero(self.weight == 1).flatten()
@@ -132,13 +132,15 @@ def _cached_basis(
     return torch.view_as_real(_phase(grid, kernel_size, slice(None))).to(dtype)
 
 
-def tap_basis(grid: FrequencyGrid, kernel_size: tuple[int, int], rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+def tap_basis(
+    grid: FrequencyGrid, kernel_size: tuple[int, int], rows: slice | Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Fourier basis of the taps of a kernel centred as in ``nn.Conv2d(padding="same")``.
 
     Args:
         grid: frequencies of the map.
         kernel_size: ``(kh, kw)``.
-        rows: ``(Fc,)`` int64 frequencies wanted, all of them for None.
+        rows: frequencies wanted, as a range or ``(Fc,)`` int64; all of them for None.
         dtype: real dtype of the result.
 
     Returns:

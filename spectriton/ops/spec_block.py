@@ -8,82 +8,82 @@ Frequencies at which nothing is kept are skipped.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from spectriton._backend import Backend, backend
+from spectriton._backend import backend
 from spectriton._check import fail
-from spectriton.frequencies import FrequencyGrid, frequency_grid, tap_basis
+from spectriton.frequencies import frequency_grid, tap_basis
 from spectriton.ops._arguments import check_activation, check_convolution, check_packed, check_rule, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
     Histogram,
     Packed,
-    Packer,
     fake_packed,
     keep_from_density,
+    packer,
     resolve_workspace,
     row_chunks,
 )
 from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
+from spectriton.reference import TileIndex
 
 
-class _Walk(NamedTuple):
-    """What forward and backward share: sizes, grid, and how many frequencies fit the workspace."""
+class _Walk:
+    """What forward and backward share: sizes, grid, products, and how many frequencies fit the workspace.
 
-    primitives: Backend
-    inputs: Layout
-    outputs: Layout
-    grid: FrequencyGrid
-    dtype: torch.dtype
-    groups: int
-    kernel_size: tuple[int, int]
-    workspace: int
-    bytes_per_row: int
+    Args:
+        weight, shape, groups, dtype, workspace: as the ops take them.
+        kept: coefficients kept in the input.
+        kept_out: coefficients kept in the output, where it is there already.
+    """
 
-    def chunks(self, rows: Tensor) -> Iterator[Tensor]:
-        """``rows`` in chunks that fit the workspace."""
-        return row_chunks(rows, self.bytes_per_row, self.workspace)
+    def __init__(
+        self,
+        weight: Tensor,
+        shape: list[int],
+        groups: int,
+        dtype: torch.dtype,
+        workspace: int,
+        kept: int,
+        kept_out: int | None = None,
+    ) -> None:
+        self.primitives = backend(weight.device)
+        self.inputs = inputs = layout(shape)
+        self.outputs = outputs = layout((shape[0], weight.shape[0], *shape[2:]))
+        self.grid = frequency_grid(shape[2], shape[3], weight.device)
+        self.dtype = dtype
+        self.mixing = self.primitives.mixing(weight.to(dtype), groups)
+        self._kernel_size = (weight.shape[2], weight.shape[3])
+        self._workspace = resolve_workspace(workspace, weight.device)
+        item = 2 * dtype.itemsize
+        # Each coefficient of a chunk stands there once; one that is kept takes its position (8 bytes) and a few values
+        # on its way: read from the input; activated and stored in forward; derived and scaled in backward.
+        share = kept / max(1, inputs.frequencies * inputs.row)
+        per_input = item + share * (8 + 2 * item)
+        if kept_out is None:
+            # About as many kept as in the input, at a guess; but no fewer than a quarter.
+            per_output = item + 1 + max(share, 0.25) * (8 + 3 * item)
+        else:
+            per_output = item + kept_out / max(1, outputs.frequencies * outputs.row) * (16 + 6 * item)
+        taps = 3 * item * weight[:, :, 0, 0].numel()  # weights, their gradient or embedding
+        self._bytes_per_row = int(per_input * inputs.padded_row + per_output * outputs.padded_row) + taps
 
-    def buffer(self, rows: int, sizes: Layout) -> Tensor:
-        """Zeroed pairs ``(rows, P, 2)``; padding stays zero."""
+    def chunks(self, rows: int) -> Iterator[slice]:
+        """The frequencies ``0:rows`` in chunks that fit the workspace."""
+        return row_chunks(rows, self._bytes_per_row, self._workspace)
+
+    def buffer(self, chunks: list[slice], sizes: Layout) -> Tensor:
+        """Zeroed pairs ``(rows of the largest chunk, P, 2)``; padding stays zero."""
+        rows = chunks[0].stop if chunks else 0
         return torch.zeros(rows, sizes.padded_row, 2, dtype=self.dtype, device=self.grid.index.device)
 
-    def basis(self, rows: Tensor) -> Tensor:
+    def basis(self, rows: slice) -> Tensor:
         """``(Fc, kh * kw, 2)``."""
-        return tap_basis(self.grid, self.kernel_size, rows, self.dtype)
-
-
-def _walk(
-    weight: Tensor, shape: list[int], groups: int, dtype: torch.dtype, workspace: int, kept: int, kept_out: int | None
-) -> _Walk:
-    """``kept`` and ``kept_out``: coefficients kept in the input and, where it is there already, in the output."""
-    inputs = layout(shape)
-    outputs = layout((shape[0], weight.shape[0], *shape[2:]))
-    item = 2 * dtype.itemsize
-    # Each coefficient of a chunk stands there once; one that is kept takes its position (8 bytes) and a few values on
-    # its way: read from the input; thresholded, activated and stored in forward; derived and scaled in backward.
-    share = kept / max(1, inputs.frequencies * inputs.row)
-    per_input = item + share * (8 + 2 * item)
-    if kept_out is None:
-        per_output = item + item / 2 + 1 + 0.5 * (8 + 3 * item)  # moduli and mask; half of them kept, at a guess
-    else:
-        per_output = item + kept_out / max(1, outputs.frequencies * outputs.row) * (16 + 6 * item)
-    taps = 3 * item * weight[:, :, 0, 0].numel()  # weights, their gradient or embedding
-    bytes_per_row = int(per_input * inputs.padded_row + per_output * outputs.padded_row) + taps
-    return _Walk(
-        backend(weight.device),
-        inputs,
-        outputs,
-        frequency_grid(shape[2], shape[3], weight.device),
-        dtype,
-        groups,
-        (weight.shape[2], weight.shape[3]),
-        resolve_workspace(workspace, weight.device),
-        bytes_per_row,
-    )
+        return tap_basis(self.grid, self._kernel_size, rows, self.dtype)
 
 
 def _channels(buffer: Tensor, sizes: Layout) -> Tensor:
@@ -91,27 +91,30 @@ def _channels(buffer: Tensor, sizes: Layout) -> Tensor:
     return buffer[:, : sizes.row].unflatten(1, (sizes.batch, sizes.channels))
 
 
-def kept_rows(bitmap: Tensor) -> Tensor:
-    """``(F,)`` bool: the frequencies at which anything is kept."""
-    return bitmap.flatten(1).any(1).to(torch.bool)  # any() of bytes is a byte
+def _filled_rows(bitmap: Tensor, index: TileIndex | None) -> int:
+    """How many frequencies come before the tail at which nothing is kept."""
+    if index is not None:
+        filled = np.flatnonzero(index.counts.any(1))
+    else:
+        filled = torch.nonzero(bitmap.flatten(1).any(1)).flatten().cpu().numpy()
+    return int(filled[-1]) + 1 if filled.size else 0
 
 
 def _mixed(
-    walk: _Walk, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None,
-    rows: Tensor,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    walk: _Walk, packed: tuple[Tensor, Tensor, Tensor, Tensor], index: TileIndex | None, bias: Tensor | None, rows: int
+) -> Iterator[tuple[slice, Tensor]]:
     """Yields ``(rows, y)`` chunk by chunk: the convolution's spectra as pairs ``(Fc, P, 2)``, in one reused buffer."""
-    x_buffer = y_buffer = None
-    taps = weight.to(walk.dtype)
-    for part in walk.chunks(rows):
-        if x_buffer is None or y_buffer is None:
-            x_buffer = walk.buffer(part.numel(), walk.inputs)
-            y_buffer = walk.buffer(part.numel(), walk.outputs)
-        x, y = x_buffer[: part.numel()], y_buffer[: part.numel()]
-        walk.primitives.unpack_rows(values, scales, bitmap, offsets, part, 0, walk.inputs.tiles, x)
-        weights = walk.primitives.mixing_weights(taps, walk.basis(part), walk.groups)
-        walk.primitives.mix(_channels(x, walk.inputs), weights, _channels(y, walk.outputs))
-        if bias is not None and int(part[0]) == 0:
+    _, _, bitmap, offsets = packed
+    tiles = walk.inputs.tiles
+    chunks = list(walk.chunks(rows))
+    x_buffer, y_buffer = walk.buffer(chunks, walk.inputs), walk.buffer(chunks, walk.outputs)
+    for part in chunks:
+        x, y = x_buffer[: part.stop - part.start], y_buffer[: part.stop - part.start]
+        pattern = walk.primitives.row_pattern(bitmap, offsets, part, 0, tiles, index)
+        walk.primitives.unpack_rows(*packed, part, 0, tiles, x, pattern)
+        del pattern
+        walk.mixing.mix(_channels(x, walk.inputs), walk.mixing.weights(walk.basis(part)), _channels(y, walk.outputs))
+        if bias is not None and part.start == 0:
             # A constant is its mean at frequency zero, times sqrt(H W) in the ortho spectrum.
             _channels(y, walk.outputs)[0, :, :, 0] += bias.to(walk.dtype) * _dc_gain(walk.inputs)
         yield part, y
@@ -142,24 +145,23 @@ def _spec_block(
     value_dtype: str,
     workspace: int,
 ) -> Packed:
-    walk = _walk(weight, shape, groups, edge.dtype, workspace, values.shape[0], None)
-    rows = torch.arange(walk.grid.count, device=weight.device)
+    walk = _Walk(weight, shape, groups, edge.dtype, workspace, values.shape[0])
+    packed = (values, scales, bitmap, offsets)
+    index = walk.primitives.tile_index(bitmap, offsets)
+    rows = walk.grid.count
     if threshold > 0 or density >= 0:
-        # Where nothing comes in nothing goes out, and zero is below any threshold.
-        active = kept_rows(bitmap)
-        active[0] = True
-        rows = rows[active]
-    convolved = (values, scales, bitmap, offsets, weight, bias, rows)
+        # Where nothing comes in nothing goes out, and zero is below any threshold; the bias needs frequency zero.
+        rows = min(rows, max(1, _filled_rows(bitmap, index)))
     if density >= 0:
         histogram = Histogram(weight.device)
-        for part, y in _mixed(walk, *convolved):
-            histogram.add(y[int(part[0]) == 0 :, : walk.outputs.row])
+        for part, y in _mixed(walk, packed, index, bias, rows):
+            histogram.add(y[part.start == 0 :, : walk.outputs.row])
         threshold = histogram.threshold(keep_from_density(density, walk.outputs))
-    packer = Packer(walk.outputs, value_dtype, edge.dtype, weight.device)
+    making = packer(walk.outputs, value_dtype, edge.dtype, weight.device)
     scale = None if activation_scale is None else activation_scale.to(edge.dtype)
-    for part, y in _mixed(walk, *convolved):
-        packer.append_rows(y, part, threshold, kind, scale)
-    return packer.finish()
+    for part, y in _mixed(walk, packed, index, bias, rows):
+        making.append(y, part, threshold, kind, scale)
+    return making.finish()
 
 
 @_spec_block.register_fake
@@ -208,45 +210,41 @@ def _spec_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for the packed input (in its own pattern), the taps, the bias and the scale of the activation."""
     dtype = grad.dtype
-    walk = _walk(weight, shape, groups, dtype, workspace, values.shape[0], out_values.shape[0])
+    walk = _Walk(weight, shape, groups, dtype, workspace, values.shape[0], out_values.shape[0])
+    primitives, mixing, tiles = walk.primitives, walk.mixing, walk.inputs.tiles
+    packed, out_packed = (values, scales, bitmap, offsets), (out_values, out_scales, out_bitmap, out_offsets)
+    index, out_index = primitives.tile_index(bitmap, offsets), primitives.tile_index(out_bitmap, out_offsets)
     grad = grad.contiguous()
     grad_input = grad.new_zeros(values.shape[0] if need_input else 0, 2)
-    taps = weight.to(dtype)
-    grad_taps = torch.zeros_like(taps, memory_format=torch.contiguous_format)
     grad_bias = grad.new_zeros(weight.shape[0])
     grad_scale = grad.new_zeros(0 if activation_scale is None else weight.shape[0])
     scale = None if activation_scale is None else activation_scale.to(dtype)
 
-    # The gradient of a frequency needs both sides there; bias and scale also see the rest of the output.
-    incoming = kept_rows(bitmap)
-    rows = torch.nonzero(kept_rows(out_bitmap) & (incoming | (scale is not None))).flatten()
-    if not bool(incoming[0]) and rows.numel() and int(rows[0]) != 0:
-        rows = torch.cat([rows.new_zeros(1), rows])
-    x_buffer = g_buffer = None
-    for part in walk.chunks(rows):
-        if x_buffer is None or g_buffer is None:
-            x_buffer = walk.buffer(part.numel(), walk.inputs)
-            g_buffer = walk.buffer(part.numel(), walk.outputs)
-        x, g = x_buffer[: part.numel()], g_buffer[: part.numel()]
-        scale_terms = walk.primitives.unpack_gradient_rows(
-            grad, out_values, out_scales, out_bitmap, out_offsets, part, kind, scale, walk.outputs.channels, g
+    # The gradient of a frequency needs both sides there; bias and scale see the rest of the output, too.
+    rows, shared = _filled_rows(out_bitmap, out_index), _filled_rows(bitmap, index)
+    chunks = list(walk.chunks(rows if scale is not None else min(rows, max(1, shared))))
+    x_buffer, g_buffer = walk.buffer(chunks, walk.inputs), walk.buffer(chunks, walk.outputs)
+    for part in chunks:
+        x, g = x_buffer[: part.stop - part.start], g_buffer[: part.stop - part.start]
+        scale_terms = primitives.unpack_gradient_rows(
+            grad, *out_packed, part, kind, scale, walk.outputs.channels, g, out_index
         )
         if scale_terms is not None:
             grad_scale += scale_terms
-        grads = _channels(g, walk.outputs)
-        if int(part[0]) == 0:
+        grads, inputs = _channels(g, walk.outputs), _channels(x, walk.inputs)
+        if part.start == 0:
             grad_bias += grads[0, :, :, 0].sum(0) * _dc_gain(walk.inputs)
+        if part.start >= shared:
+            continue
         basis = walk.basis(part)
-        pattern = walk.primitives.row_pattern(bitmap, offsets, part, 0, walk.inputs.tiles)
-        walk.primitives.unpack_rows(values, scales, bitmap, offsets, part, 0, walk.inputs.tiles, x, pattern)
-        walk.primitives.mixing_taps(
-            walk.primitives.mix_grad_weights(_channels(x, walk.inputs), grads, groups), basis, grad_taps
-        )
+        pattern = primitives.row_pattern(bitmap, offsets, part, 0, tiles, index)
+        primitives.unpack_rows(*packed, part, 0, tiles, x, pattern)
+        mixing.add_grad_taps(inputs, grads, basis)
         if need_input:
-            weights = walk.primitives.mixing_weights(taps, basis, groups)
-            walk.primitives.mix_grad_input(grads, weights, _channels(x, walk.inputs))
-            walk.primitives.gather_rows(x, bitmap, offsets, part, 0, grad_input, pattern)
-    return grad_input, grad_taps, grad_bias, grad_scale
+            mixing.mix_grad_input(grads, mixing.weights(basis), inputs)
+            primitives.gather_rows(x, bitmap, offsets, part, 0, grad_input, pattern)
+        del pattern
+    return grad_input, mixing.grad_taps(), grad_bias, grad_scale
 
 
 @_spec_block_backward.register_fake

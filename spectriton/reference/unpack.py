@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference.pattern import RowPattern, half_positions, per_row, row_index, row_pattern
+from spectriton.reference.pattern import RowPattern, TileIndex, row_index, row_pattern
+from spectriton.reference.transform import spread_rows
 
 
 def read_values(values: Tensor, scales: Tensor, pattern: RowPattern, tile_scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -17,7 +18,7 @@ def read_values(values: Tensor, scales: Tensor, pattern: RowPattern, tile_scales
         stored = stored - ((stored & 8) << 1)
     stored = stored.to(dtype)
     if scales.numel():
-        stored *= torch.repeat_interleave(tile_scales.flatten().to(dtype), pattern.counts)[:, None]
+        stored *= torch.repeat_interleave(tile_scales.flatten().to(dtype), pattern.counts.flatten())[:, None]
     return stored
 
 
@@ -26,7 +27,7 @@ def unpack_rows(
     scales: Tensor,
     bitmap: Tensor,
     offsets: Tensor,
-    rows: Tensor,
+    rows: slice | Tensor,
     t0: int,
     t1: int,
     out: Tensor,
@@ -58,30 +59,18 @@ def unpack_planes(
     count: int,
     row_scale: Tensor | None,
     out: Tensor,
+    index: TileIndex | None = None,
 ) -> Tensor:
     """Writes ``out`` ``(count, H, Wh, 2)``: the half spectra of the planes from ``t0 * tile`` on, mirrors filled in.
 
     ``row_scale`` ``(F,)``, where given, multiplies each frequency.
     """
-    pattern = row_pattern(bitmap, offsets, None, t0, t1)
-    tile_scales = scales[:, t0:t1] if scales.numel() else scales
-    kept = read_values(values, scales, pattern, tile_scales, out.dtype)
+    rows = out.new_empty(grid.count, (t1 - t0) * bitmap.shape[2] * 8, 2)
+    every = slice(0, grid.count)
+    unpack_rows(
+        values, scales, bitmap, offsets, every, t0, t1, rows, row_pattern(bitmap, offsets, every, t0, t1, index)
+    )
     if row_scale is not None:
-        kept = kept * per_row(row_scale.to(kept.dtype), pattern)[:, None]
-    half = torch.view_as_complex(out).view(count, -1)
-    half.zero_()
-    # Straight to its place in its plane: only what is kept moves, and nothing dense is transposed.
-    places = half_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, grid.index, half.shape[1])
-    half.view(-1).scatter_(0, places, torch.view_as_complex(kept))
-    mirrored = grid.index[grid.mirror_row]
-    half[:, grid.mirror_index] = half[:, mirrored].conj_physical()
+        rows *= row_scale.to(rows.dtype)[:, None, None]
+    spread_rows(torch.view_as_complex(rows[:, :count]), grid, torch.view_as_complex(out))
     return out
-
-
-def spread_rows(rows: Tensor, grid: FrequencyGrid, out: Tensor) -> None:
-    """Stored frequencies ``(F, n)`` to half spectra ``out`` ``(n, H, Wh)``, conjugate columns filled in."""
-    flat = rows.new_empty(grid.height * grid.half_width, rows.shape[1])
-    # Whole rows move to their place, and one transposition brings planes to the front.
-    flat[grid.index] = rows
-    flat[grid.mirror_index] = rows[grid.mirror_row].conj_physical()
-    out.flatten(1).copy_(flat.T)
