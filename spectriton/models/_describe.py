@@ -175,8 +175,9 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
                 leave(layer.name)
                 modules[f"{layer.name}_crop"] = Crop2d((layer.kernel_size - 1) // 2)
         elif isinstance(layer, Pool):
-            leave(layer.name)
-            modules[layer.name] = snn.MaxPool2d(layer.kernel_size)
+            # Packed or not: the pool gives maps.
+            modules[layer.name] = snn.MaxPool2d(layer.kernel_size, workspace=options.workspace)
+            packed = False
         else:
             leave(layer.name)
             _add_head(modules, layer)

@@ -320,10 +320,18 @@ def gather_planes(
     return out
 
 
-def gather_maps(x: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, dtype: torch.dtype, workspace: int) -> Tensor:
-    """``(kept, 2)``: the adjoint of packed coefficients to real maps, for maps ``x`` ``(B, C, H, W)``."""
-    grid = frequency_grid(x.shape[2], x.shape[3], x.device)
-    transform = rows_of_maps(x, dtype)
+def gather_maps(
+    planes: Callable[[int, int], Tensor],
+    bitmap: Tensor,
+    offsets: Tensor,
+    kept: int,
+    sizes: Layout,
+    dtype: torch.dtype,
+    workspace: int,
+) -> Tensor:
+    """``(kept, 2)``: the adjoint of packed coefficients to real maps, for maps ``planes(first, last)``."""
+    grid = frequency_grid(sizes.height, sizes.width, bitmap.device)
+    transform = rows_of_maps(planes, sizes, dtype, bitmap.device)
 
     def rows_of(first: int, last: int, padded: int) -> Tensor:
         rows = transform(first, last, padded)
@@ -331,16 +339,17 @@ def gather_maps(x: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, dtype: to
         return rows
 
     # A stored coefficient stands for two, unless it is its own conjugate.
-    return gather_planes(rows_of, bitmap, offsets, kept, layout(x.shape), dtype, workspace).mul_(2)
+    return gather_planes(rows_of, bitmap, offsets, kept, sizes, dtype, workspace).mul_(2)
 
 
-def rows_of_maps(x: Tensor, dtype: torch.dtype) -> RowsOf:
-    """:data:`RowsOf` maps ``(B, C, H, W)``, by Fourier transform."""
-    planes = plane_slices(x)
-    grid = frequency_grid(x.shape[2], x.shape[3], x.device)
+def rows_of_maps(
+    planes: Callable[[int, int], Tensor], sizes: Layout, dtype: torch.dtype, device: torch.device
+) -> RowsOf:
+    """:data:`RowsOf` the maps ``(n, H, W)`` that ``planes(first, last)`` gives, by Fourier transform."""
+    grid = frequency_grid(sizes.height, sizes.width, device)
 
     def rows_of(first: int, last: int, padded: int) -> Tensor:
-        return backend(x.device).rows_of_maps(planes(first, last).to(dtype), grid, padded)
+        return backend(device).rows_of_maps(planes(first, last).to(dtype), grid, padded)
 
     return rows_of
 

@@ -154,10 +154,10 @@ _unpack.register_autograd(_unpack_autograd, setup_context=_unpack_setup)
 
 @define_op(f"(Tensor x, float threshold, float density, str value_dtype, int workspace) -> {PACKED_RESULT}")
 def _to_spectral(x: Tensor, threshold: float, density: float, value_dtype: str, workspace: int) -> Packed:
-    dtype = _precision(x)
+    dtype, sizes = _precision(x), layout(x.shape)
     return pack_planes(
-        rows_of_maps(x, dtype),
-        layout(x.shape),
+        rows_of_maps(plane_slices(x), sizes, dtype, x.device),
+        sizes,
         threshold,
         density,
         value_dtype,
@@ -235,7 +235,7 @@ def _(
 def _to_spatial_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, workspace: int) -> Tensor:
     """The adjoint of ``irfft2`` from a pattern, ``(kept, 2)``."""
     workspace = resolve_workspace(workspace, grad.device)
-    return gather_maps(grad, bitmap, offsets, kept, _precision(grad), workspace)
+    return gather_maps(plane_slices(grad), bitmap, offsets, kept, layout(grad.shape), _precision(grad), workspace)
 
 
 @_to_spatial_backward.register_fake

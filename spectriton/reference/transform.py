@@ -10,8 +10,10 @@ from spectriton.frequencies import FrequencyGrid
 
 def rows_of_half(half: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
     """Half spectra ``(n, H, Wh)`` to pairs ``(F, padded, 2)``, zero where there is no plane."""
-    rows = half.flatten(1).T.contiguous().index_select(0, grid.index)
-    return torch.nn.functional.pad(torch.view_as_real(rows), (0, 0, 0, padded - rows.shape[1]))
+    rows = torch.view_as_real(half.flatten(1).T.contiguous().index_select(0, grid.index))
+    if rows.shape[1] < padded:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, padded - rows.shape[1]))
+    return rows
 
 
 def rows_of_maps(maps: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
