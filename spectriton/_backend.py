@@ -18,7 +18,7 @@ from spectriton.frequencies import FrequencyGrid
 from spectriton.reference import RowPattern, TileIndex
 from spectriton.reference.pattern import channel_of
 from spectriton.reference.spectral_activation import activate_backward
-from spectriton.reference.unpack import read_values
+from spectriton.reference.unpack import read_values, take_values
 
 BACKENDS = ("auto", "triton", "reference")
 _MIB = 1 << 20
@@ -140,7 +140,7 @@ class Backend:
         ``h'`` is taken from the outputs in ``values``; ``grad`` ``(N, 2)`` stands in their order.
         """
         pattern = reference.row_pattern(bitmap, offsets, rows, 0, offsets.shape[1], index)
-        kept = grad[pattern.slots]
+        kept = take_values(grad, pattern.slots)
         grad_scale = None
         if kind != "identity":
             tile_scales = scales[rows] if scales.numel() else scales

@@ -18,6 +18,7 @@ from spectriton._backend import backend, workspace_bytes
 from spectriton.frequencies import frequency_grid
 from spectriton.packed import QUANTISED, VALUE_DTYPES, Layout, layout, make_edge
 from spectriton.reference.pattern import slots, tile_counts
+from spectriton.reference.unpack import take_values
 
 # Moduli are counted by the leading bits of their float32 pattern: bins of 0.2 % of the modulus.
 _HISTOGRAM_SHIFT = 14
@@ -117,7 +118,9 @@ class Packer:
         for rows in row_chunks(counts.shape[0], 16 * self.sizes.padded_row, 1 << 20):
             places = slots(counts[rows].ravel(), starts[rows].ravel())
             last = first + int(counts[rows].sum())
-            out[first:last] = values[places.to(values.device) if isinstance(places, Tensor) else places]
+            if isinstance(places, Tensor):
+                places = places.to(values.device)
+            out[first:last] = take_values(values, places)
             first = last
         return out
 
@@ -277,10 +280,12 @@ def unpack_planes(
 ) -> Iterator[Tensor]:
     """Writes half spectra to ``out``, pairs ``(B * C, H, Wh, 2)``, mirrors filled in; yields them chunk by chunk."""
     device = values.device
+    primitives = backend(device)
     grid = frequency_grid(sizes.height, sizes.width, device)
+    index = primitives.tile_index(bitmap, offsets)
     for t0, t1, first, last in plane_chunks(sizes, out.dtype.itemsize, workspace):
         half = out[first:last]
-        backend(device).unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, last - first, None, half)
+        primitives.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, last - first, None, half, index)
         yield half
 
 

@@ -170,5 +170,9 @@ def gather_rows(
     if isinstance(pattern.slots, slice) and out.dtype == y.dtype:
         torch.index_select(pairs, 0, pattern.positions, out=target[pattern.slots])
     else:
-        target[pattern.slots] = pairs.index_select(0, pattern.positions).to(target.dtype)
+        kept = pairs.index_select(0, pattern.positions).to(target.dtype)
+        if isinstance(pattern.slots, slice):
+            target[pattern.slots] = kept
+        else:
+            target.scatter_(0, pattern.slots, kept)
     return out

@@ -128,7 +128,21 @@ def slots(counts: NDArray[np.int64], starts: NDArray[np.int64], ordered: bool = 
 
 def per_row(values: Tensor, pattern: RowPattern) -> Tensor:
     """``(n,)``: for each coefficient of a pattern the entry of ``values`` ``(Fc,)`` of its row."""
-    return torch.repeat_interleave(values, pattern.counts.sum(1))
+    return torch.repeat_interleave(values, pattern.counts.sum(1), output_size=pattern.positions.numel())
+
+
+def half_positions(pattern: RowPattern, padded: int, index: Tensor, half_size: int) -> Tensor:
+    """Where the coefficients of a pattern over all rows stand in flattened half spectra ``(n, H * Wh)``.
+
+    Args:
+        pattern: positions in ``(F, padded)``.
+        padded: planes in the chunk, padding included.
+        index: ``(F,)`` position of each frequency in a half spectrum.
+        half_size: ``H * Wh``.
+    """
+    # Row r, plane p goes to index[r] + p * half_size: the position r * padded + p, scaled, and shifted by row.
+    shift = index - torch.arange(index.numel(), device=index.device) * (padded * half_size)
+    return per_row(shift, pattern).add_(pattern.positions, alpha=half_size)
 
 
 def channel_of(positions: Tensor, padded: int, start: int, channels: int) -> Tensor:

@@ -6,13 +6,31 @@ import torch
 from torch import Tensor
 
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference.pattern import RowPattern, TileIndex, row_index, row_pattern
-from spectriton.reference.transform import spread_rows
+from spectriton.reference.pattern import RowPattern, TileIndex, half_positions, per_row, row_index, row_pattern
+
+# A pair of parts, seen as one element: indexing moves it as a whole.
+_PAIR = {
+    torch.float64: torch.complex128,
+    torch.float32: torch.complex64,
+    torch.float16: torch.int32,
+    torch.bfloat16: torch.int32,
+    torch.int8: torch.int16,
+}
+
+
+def take_values(values: Tensor, places: slice | Tensor) -> Tensor:
+    """``values[places]`` of stored values, ``(N, 2)`` or 4-bit pairs ``(N,)``."""
+    if isinstance(places, slice):
+        return values[places]
+    pair = _PAIR.get(values.dtype)
+    if pair is None:
+        return values.index_select(0, places)
+    return values.view(pair).view(-1).index_select(0, places).view(values.dtype).view(-1, 2)
 
 
 def read_values(values: Tensor, scales: Tensor, pattern: RowPattern, tile_scales: Tensor, dtype: torch.dtype) -> Tensor:
     """``(n, 2)`` values of a pattern in precision ``dtype``; ``tile_scales`` are the scales of its tiles."""
-    stored = values[pattern.slots]
+    stored = take_values(values, pattern.slots)
     if values.dtype == torch.uint8:  # two's complement nibbles, real part low
         stored = torch.stack([(stored & 15).to(torch.int8), (stored >> 4).to(torch.int8)], dim=-1)
         stored = stored - ((stored & 8) << 1)
@@ -65,12 +83,17 @@ def unpack_planes(
 
     ``row_scale`` ``(F,)``, where given, multiplies each frequency.
     """
-    rows = out.new_empty(grid.count, (t1 - t0) * bitmap.shape[2] * 8, 2)
     every = slice(0, grid.count)
-    unpack_rows(
-        values, scales, bitmap, offsets, every, t0, t1, rows, row_pattern(bitmap, offsets, every, t0, t1, index)
-    )
+    pattern = row_pattern(bitmap, offsets, every, t0, t1, index)
+    tile_scales = scales[:, t0:t1] if scales.numel() else scales
+    kept = read_values(values, scales, pattern, tile_scales, out.dtype)
     if row_scale is not None:
-        rows *= row_scale.to(rows.dtype)[:, None, None]
-    spread_rows(torch.view_as_complex(rows[:, :count]), grid, torch.view_as_complex(out))
+        kept = kept * per_row(row_scale.to(kept.dtype), pattern)[:, None]
+    half = torch.view_as_complex(out).view(count, -1)
+    half.zero_()
+    # Straight to its place in its plane: only what is kept moves, and nothing dense is transposed.
+    places = half_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, grid.index, half.shape[1])
+    half.view(-1).scatter_(0, places, torch.view_as_complex(kept))
+    mirrored = grid.index[grid.mirror_row]
+    half[:, grid.mirror_index] = half[:, mirrored].conj_physical()
     return out
