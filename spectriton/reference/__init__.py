@@ -19,6 +19,9 @@ from spectriton.reference.spectral_activation import (
     spectral_activation,
     spectral_activation_backward,
 )
+from spectriton.reference.spectral_batch_norm import spectral_batch_norm
+from spectriton.reference.spectral_pool2d import spectral_pool2d
+from spectriton.reference.store_rows import store_rows
 from spectriton.reference.unpack import unpack_planes, unpack_rows
 
 __all__ = [
@@ -37,6 +40,9 @@ __all__ = [
     "row_pattern",
     "spectral_activation",
     "spectral_activation_backward",
+    "spectral_batch_norm",
+    "spectral_pool2d",
+    "store_rows",
     "unpack_planes",
     "unpack_rows",
 ]
