@@ -17,7 +17,7 @@ class SpectralPool2d(nn.Module):
     Args:
         kernel_size: by how much smaller, one number or two; sizes are rounded down, as by ``nn.MaxPool2d``.
         output_size: instead, the size of the output.
-        workspace: bound on temporaries in bytes, for packed spectra.
+        workspace: bound on temporaries in bytes, for packed spectra and maps.
 
     Shapes: packed ``(B, C, H, W)`` to packed ``(B, C, h, w)``, real maps to real maps, or dense ortho half spectra
     ``(B, C, H, W // 2 + 1)`` to ``(B, C, h, w // 2 + 1)``.

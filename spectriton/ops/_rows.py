@@ -1,4 +1,4 @@
-"""Walks over the rows of a packed spectrum whose pattern is known, under a bounded workspace."""
+"""Whole rows of packed spectra whose pattern is known: what they take of the workspace, and how they are stored."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ from spectriton import reference
 from spectriton._backend import backend
 from spectriton.packed import Layout
 from spectriton.reference import RowPattern
-
-
-def filled_rows(bitmap: Tensor) -> Tensor:
-    """int64, ascending: the frequencies at which anything is kept. The zero frequency, kept whole, is the first."""
-    return torch.nonzero(bitmap.flatten(1).any(1)).flatten()
 
 
 def row_bytes(sizes: Layout, dtype: torch.dtype, kept: int, chunks: int = 1) -> int:
@@ -29,18 +24,6 @@ def row_bytes(sizes: Layout, dtype: torch.dtype, kept: int, chunks: int = 1) -> 
     share = kept / max(1, sizes.frequencies * sizes.row)
     # A mask; per kept coefficient its position and slot, the value on its way, and what rounding makes of it.
     return int(sizes.padded_row * (chunks * item + 1 + share * (16 + 4 * item)))
-
-
-def pair_view(chunk: Tensor) -> Tensor:
-    """Pairs ``(Fc, P, 2)`` as ``(Fc, 2 P)``."""
-    return chunk.view(chunk.shape[0], -1)
-
-
-def count_bits(bitmap: Tensor) -> Tensor:
-    """int64 ``(...)``: set bits of each tile of a bitmap ``(..., tile / 8)``, counted in parallel within each byte."""
-    pairs = bitmap - ((bitmap >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1)
 
 
 def store_rows(

@@ -23,10 +23,15 @@ from spectriton._check import check_complex, fail
 from spectriton.frequencies import frequency_grid
 from spectriton.ops._arguments import check_half_spectrum, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, define_op
-from spectriton.ops._planes import resolve_workspace, row_chunks
-from spectriton.ops._rows import filled_rows, pair_view, row_bytes, store_rows
+from spectriton.ops._planes import resolve_workspace
+from spectriton.ops._rows import row_bytes, store_rows
 from spectriton.packed import PackedSpectrum, layout, make_edge
 from spectriton.reference import RowPattern
+
+
+def _numbers(chunk: Tensor) -> Tensor:
+    """Pairs ``(Fc, P, 2)`` as ``(Fc, 2 P)``, a view."""
+    return chunk.view(chunk.shape[0], -1)
 
 
 class _Walk:
@@ -43,8 +48,9 @@ class _Walk:
         self.sizes = sizes = layout(shape)
         self.primitives = backend(bitmap.device)
         self.weight = frequency_grid(sizes.height, sizes.width, bitmap.device).weight.to(dtype)
-        rows, row = filled_rows(bitmap), row_bytes(sizes, dtype, kept, buffers)
-        self.parts = list(row_chunks(rows, row, resolve_workspace(workspace, bitmap.device))) if rows.numel() else []
+        rows = torch.nonzero(bitmap.flatten(1).any(1)).flatten()
+        at_once = max(1, resolve_workspace(workspace, bitmap.device) // max(1, row_bytes(sizes, dtype, kept, buffers)))
+        self.parts = rows.split(at_once) if rows.numel() else ()
         longest = self.parts[0].numel() if self.parts else 0
         self.buffers = torch.empty(buffers, longest, sizes.padded_row, 2, dtype=dtype, device=bitmap.device)
 
@@ -97,7 +103,7 @@ def _statistics(walk: _Walk, values: Tensor, scales: Tensor) -> tuple[Tensor, Te
             zero = walk.zero_frequency(y)
             zero_mean = zero.mean(0, dtype=torch.float64)
             zero -= zero_mean
-        power += walk.per_channel(torch.mv(pair_view(y.square_()).T, walk.weight[rows]))
+        power += walk.per_channel(torch.mv(_numbers(y.square_()).T, walk.weight[rows]))
     return zero_mean / walk.root, power / walk.count
 
 
@@ -138,7 +144,7 @@ def _spectral_batch_norm(
         y = walk.read(values, scales, rows, pattern)
         if first:
             walk.zero_frequency(y).sub_(mean * walk.root)
-        pair_view(y).mul_(factor)
+        _numbers(y).mul_(factor)
         if first and bias is not None:
             walk.zero_frequency(y).add_(bias * walk.root)
         store_rows(y, bitmap, offsets, rows, out_values, out_scales, pattern)
@@ -202,7 +208,7 @@ def _spectral_batch_norm_backward(
         if first:
             walk.zero_frequency(x).sub_(zero_mean)
             grad_zero = walk.zero_frequency(g).sum(0, dtype=torch.float64)
-        inner += walk.per_channel(pair_view(x.mul_(g)).sum(0))
+        inner += walk.per_channel(_numbers(x.mul_(g)).sum(0))
     grad_weight, grad_bias = inner * _factor(None, var, eps), grad_zero * walk.root
 
     grad_input = grad.new_zeros(values.shape[0] if need_input else 0, 2)
@@ -212,14 +218,14 @@ def _spectral_batch_norm_backward(
         zero_pull = factor * grad_zero / max(1, walk.sizes.batch)
         for first, rows, pattern in walk:
             g = walk.read(grad, no_scales, rows, pattern, 1)
-            pair_view(g).mul_(gain)
+            _numbers(g).mul_(gain)
             if batch_statistics:
                 x = walk.read(values, scales, rows, pattern)
                 if first:
                     walk.zero_frequency(x).sub_(zero_mean)
                     walk.zero_frequency(g).sub_(zero_pull)
                 x *= walk.weight[rows, None, None]
-                pair_view(g).addcmul_(pair_view(x), pull, value=-1)
+                _numbers(g).addcmul_(_numbers(x), pull, value=-1)
             walk.primitives.gather_rows(g, bitmap, offsets, rows, 0, grad_input, pattern)
     return grad_input, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype)
 
@@ -253,12 +259,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.shape, ctx.eps, ctx.workspace = shape, eps, workspace
     ctx.batch_statistics, ctx.bias_dtype = mean is None, None if bias is None else bias.dtype
     ctx.mark_non_differentiable(*output[1:])  # gradients travel along the edge
+    ctx.set_materialize_grads(False)  # no zeros of the size of the values
     # The input rather than the output, from which it could not be had back where a weight is zero. It is what the op
     # that made it has kept as well, so with a block before and a block behind nothing is held for this op alone.
     ctx.save_for_backward(values, scales, bitmap, offsets, weight, *output[3:])
 
 
-def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 12
     need_input = ctx.needs_input_grad[0]
     weight = ctx.saved_tensors[4]
     grad_input, grad_weight, grad_bias = _spectral_batch_norm_backward(
