@@ -93,7 +93,7 @@ class Backend:
         return reference.tile_index(bitmap, offsets)
 
     def row_pattern(
-        self, bitmap: Tensor, offsets: Tensor, rows: slice, t0: int, t1: int, index: TileIndex | None
+        self, bitmap: Tensor, offsets: Tensor, rows: slice | Tensor, t0: int, t1: int, index: TileIndex | None = None
     ) -> RowPattern | None:
         """What may be handed to :meth:`unpack_rows` and :meth:`gather_rows` to save reading the bitmap twice."""
         return reference.row_pattern(bitmap, offsets, rows, t0, t1, index)
@@ -178,7 +178,7 @@ class TritonBackend(Backend):
         return None
 
     def row_pattern(
-        self, bitmap: Tensor, offsets: Tensor, rows: slice, t0: int, t1: int, index: TileIndex | None
+        self, bitmap: Tensor, offsets: Tensor, rows: slice | Tensor, t0: int, t1: int, index: TileIndex | None = None
     ) -> RowPattern | None:
         """None, likewise."""
         return None

@@ -21,6 +21,9 @@ from spectriton.reference.spectral_activation import (
     spectral_activation,
     spectral_activation_backward,
 )
+from spectriton.reference.spectral_batch_norm import spectral_batch_norm
+from spectriton.reference.spectral_pool2d import spectral_pool2d
+from spectriton.reference.store_rows import store_rows
 from spectriton.reference.transform import maps_of_half, rows_of_half, rows_of_maps, spread_rows
 from spectriton.reference.unpack import unpack_planes, unpack_rows
 
@@ -45,7 +48,10 @@ __all__ = [
     "rows_of_maps",
     "spectral_activation",
     "spectral_activation_backward",
+    "spectral_batch_norm",
+    "spectral_pool2d",
     "spread_rows",
+    "store_rows",
     "taps_matrix",
     "taps_of_matrix",
     "tile_index",
