@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from spectriton import _check, environment, memory, models, report
-from spectriton.data import ImageData, load
+from spectriton.data import load
+from spectriton.images import Images
 from spectriton.packed import VALUE_DTYPES
 from spectriton.plots import draw_curves, draw_memory
 from spectriton.report import VARIANTS
@@ -78,7 +79,7 @@ class CompareConfig:
                 "leave out --paper or --value-dtype",
             )
 
-    def load_data(self) -> ImageData:
+    def load_data(self) -> Images:
         """The data; raises as :func:`spectriton.data.load` does."""
         return load(
             self.data,
@@ -103,7 +104,7 @@ class CompareConfig:
         return str(chosen or "float32")
 
 
-def build_network(config: CompareConfig, data: ImageData, variant: str) -> nn.Module:
+def build_network(config: CompareConfig, data: Images, variant: str) -> nn.Module:
     """Build one of the twins, on the CPU, from the seed of the recipe.
 
     Raises:
@@ -124,7 +125,7 @@ def build_network(config: CompareConfig, data: ImageData, variant: str) -> nn.Mo
     )
 
 
-def measure_step(model: nn.Module, data: ImageData, config: TrainConfig) -> dict[str, int]:
+def measure_step(model: nn.Module, data: Images, config: TrainConfig) -> dict[str, int]:
     """Memory of one training step (forward, backward, update) at the full batch size. Changes the weights.
 
     A step goes before the one that is measured, so that the optimiser's state, the buffers of libraries and whatever is
@@ -158,7 +159,7 @@ def train_variant(
     variant: str,
     out_dir: str | os.PathLike[str],
     *,
-    data: ImageData | None = None,
+    data: Images | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
     stop: threading.Event | None = None,
@@ -208,7 +209,7 @@ def train_alone(
     variant: str,
     out_dir: str | os.PathLike[str],
     *,
-    data: ImageData | None = None,
+    data: Images | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
     stop: threading.Event | None = None,
@@ -248,7 +249,7 @@ def compare(
     out_dir: str | os.PathLike[str],
     *,
     seeds: Sequence[int] | None = None,
-    data: ImageData | None = None,
+    data: Images | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
     stop: threading.Event | None = None,

@@ -301,7 +301,9 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
             )
         elif isinstance(layer, Pool):
             if packed and layer.kind == "avg" and layer.stride in (None, layer.kernel_size) and not layer.padding:
-                modules[layer.name] = snn.SpectralPool2d(layer.kernel_size)  # type: ignore[attr-defined]
+                modules[layer.name] = snn.SpectralPool2d(  # type: ignore[attr-defined]
+                    layer.kernel_size, workspace=options.workspace
+                )
                 continue
             leave(layer.name)
             if layer.padding:

@@ -43,14 +43,14 @@ def describe(
         imagenet: the stem for large images is there, and taken from 64 pixels on.
 
     Raises:
-        ValueError: an edge that cannot be halved as often as the network does.
+        ValueError: images that vanish when they are halved as often as the network does.
     """
     growth = scaled(growth, width)
     large = imagenet and image_size >= 64
     halvings = len(blocks) - 1 + (2 if large else 0)
-    if image_size % 2**halvings:
-        expected = f"a multiple of {2**halvings}, which this network halves {halvings} times"
-        fail("models.build", "image_size", image_size, expected, "resize the images")
+    if image_size < 2**halvings:
+        expected = f"at least {2**halvings} for a network that halves them {halvings} times"
+        fail("models.build", "image_size", image_size, expected, "enlarge the images")
     channels = 2 * growth
     layers: list[Layer]
     if large:
