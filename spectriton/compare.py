@@ -46,6 +46,7 @@ class CompareConfig:
         value_dtype: how kept coefficients are stored, a key of :data:`spectriton.packed.VALUE_DTYPES`; the model's own
             choice where ``None``.
         paper: keep to the paper instead of the best known settings.
+        width: multiplies the network's numbers of channels.
         image_size: edge in pixels that the network is given; the data's own where ``None``.
         train_limit, test_limit: use only the first so many images.
         data_dir: where the data's files are; it is not part of reports.
@@ -60,6 +61,7 @@ class CompareConfig:
     threshold: float = 0.5
     value_dtype: str | None = None
     paper: bool = False
+    width: float = 1.0
     image_size: int | None = None
     train_limit: int | None = None
     test_limit: int | None = None
@@ -111,7 +113,7 @@ def build_network(config: CompareConfig, data: Images, variant: str) -> nn.Modul
         ValueError: unknown model or variant, or a network that the images are too small for.
     """
     _check.check_choice("build_network", "variant", variant, VARIANTS)
-    options: dict[str, Any] = {"threshold": config.threshold, "paper": config.paper}
+    options: dict[str, Any] = {"threshold": config.threshold, "paper": config.paper, "width": config.width}
     if config.value_dtype is not None:
         options["value_dtype"] = config.value_dtype
     seed_everything(config.train.seed)
@@ -160,6 +162,7 @@ def train_variant(
     out_dir: str | os.PathLike[str],
     *,
     data: Images | None = None,
+    title: str | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
     stop: threading.Event | None = None,
@@ -171,6 +174,7 @@ def train_variant(
         variant: ``"spatial"`` or ``"spectral"``.
         out_dir: directory for the checkpoint.
         data: images of your own instead of ``config.data``.
+        title: name of the run for ``progress``; the variant where left out.
         progress, stop: as in :func:`spectriton.train.train`.
         fresh: start anew.
 
@@ -190,9 +194,12 @@ def train_variant(
         "threshold": float(config.threshold),
         "value_dtype": config.stored_dtype,
         "paper": config.paper,
+        "width": config.width,
     }
     checkpoint = Checkpoint(Path(out_dir) / f"{variant}.pt", identity, fresh=fresh)
-    result = train(model, data, config.train, title=variant, progress=progress, checkpoint=checkpoint, stop=stop)
+    result = train(
+        model, data, config.train, title=title or variant, progress=progress, checkpoint=checkpoint, stop=stop
+    )
     entry: dict[str, Any] = {
         "test_accuracy": result.test_accuracy,
         **measure_step(model, data, config.train),
@@ -295,7 +302,7 @@ def compare(
         networks = {}
         for variant in VARIANTS:
             networks[variant] = train_variant(run, variant, place, data=data, progress=progress, fresh=fresh, stop=stop)
-            _release()
+            release_memory()
         runs.append(report.assemble(networks["spatial"], networks["spectral"], run.describe(), device))
     result = runs[0] if len(runs) == 1 else report.merge(runs)
     report.write_json(result, out / "report.json")
@@ -305,7 +312,7 @@ def compare(
     return result
 
 
-def _release() -> None:
+def release_memory() -> None:
     """Let go of the last network, reference cycles included, before the next one is measured."""
     gc.collect()
     if torch.cuda.is_available():
