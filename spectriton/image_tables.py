@@ -165,17 +165,17 @@ def _of_folder(place: Path, classes: Sequence[str]) -> ImageTable:
 
 
 def _of_parquet(files: Sequence[Path], hub: HubSet, in_memory: bool) -> ImageTable:
-    names, label = [str(path) for path in files], files[0].parent.name
+    paths, name = [str(path) for path in files], files[0].parent.name
     try:
         datasets = require("datasets", extra="hub")
     except ImportError:
         if not in_memory:
             raise
-        table = require("pyarrow.parquet", "pyarrow", extra="hub").ParquetDataset(names).read()
-        _check_columns(table.column_names, hub, label)
+        table = require("pyarrow.parquet", "pyarrow", extra="hub").ParquetDataset(paths).read()
+        _check_columns(table.column_names, hub, name)
         labels = torch.tensor(table[hub.label].to_pylist(), dtype=torch.int64)
-        return ImageTable(table[hub.image].to_pylist(), labels, label)
-    return _of_dataset(datasets.load_dataset("parquet", data_files=names, split="train"), hub, label)
+        return ImageTable(table[hub.image].to_pylist(), labels, name)
+    return _of_dataset(datasets.load_dataset("parquet", data_files=paths, split="train"), hub, name)
 
 
 def _of_dataset(dataset: Any, hub: HubSet, name: str) -> ImageTable:

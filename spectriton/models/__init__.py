@@ -81,7 +81,7 @@ def build(
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             fail("models.build", argument, value, "a positive int", "pass the number that the data have")
-    if not (math.isfinite(width) and width > 0):
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not (math.isfinite(width) and width > 0):
         fail("models.build", "width", width, "a number above 0", "pass 0.5 for half the channels")
     settings = Options.of("models.build", **options)
     chosen = NETWORKS[name]

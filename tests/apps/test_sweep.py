@@ -6,18 +6,15 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import signal
 import statistics
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from apps_standins import made_up_data, tiny_network
+from apps_standins import made_up_data, run_and_kill, tiny_network
 
 from spectriton import cli, report
 from spectriton import sweep as sw
@@ -192,20 +189,7 @@ sweep(CONFIG, sys.argv[1], data=made_up_data(), progress=Tell(), **SMALL)
 def test_a_sweep_that_is_really_killed_goes_on_to_the_same_table(
     tmp_path: Path, small: dict[str, Any], data: ImageData
 ) -> None:
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), str(Path(__file__).parent)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environ,
-    )
-    assert process.stdout is not None
-    with process, process.stdout:
-        for line in process.stdout:
-            if int(line) == 2 * STEPS + 7:
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
+    run_and_kill(SCRIPT, tmp_path, str(2 * STEPS + 7))
     result = sweep(CONFIG, tmp_path, data=data, **SMALL)
     assert lasting(result) == lasting(small)
 

@@ -193,6 +193,7 @@ def test_twin_saves_less():
         ("vgg16", {"image_size": 28}, ValueError, "at least 32"),
         ("densenet", {"image_size": 3}, ValueError, "at least 4"),
         ("lenet", {"width": 0.0}, ValueError, "width got 0"),
+        ("lenet", {"width": "half"}, ValueError, "width got half"),
         ("lenet", {"treshold": 0.5}, TypeError, "option got 'treshold'"),
         ("lenet", {"threshold": -1.0}, ValueError, "not negative"),
         ("lenet", {"activation": "relu"}, ValueError, "activation got 'relu'"),
