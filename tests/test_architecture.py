@@ -45,7 +45,18 @@ MAY_IMPORT = {
 MAY_IMPORT_BY_MODULE = {"memory": {"base", "ops"}}
 
 # Only applications may need what the extras install, and only they and the kernels may import triton.
-EXTRAS = {"datasets", "matplotlib", "mpl_toolkits", "rich", "scipy", "sklearn", "torchvision", "typer"}
+EXTRAS = {
+    "PIL",
+    "datasets",
+    "matplotlib",
+    "mpl_toolkits",
+    "pyarrow",
+    "rich",
+    "scipy",
+    "sklearn",
+    "torchvision",
+    "typer",
+}
 
 
 def sources() -> list[Path]:

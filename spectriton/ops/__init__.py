@@ -11,6 +11,7 @@ from spectriton.ops._arguments import (
 )
 from spectriton.ops.channel_mix import channel_mix
 from spectriton.ops.complex_product import complex_product
+from spectriton.ops.global_pool import global_avg_pool
 from spectriton.ops.kernel_spectrum import kernel_spectrum
 from spectriton.ops.pack import pack, to_spatial, to_spectral, unpack
 from spectriton.ops.pool2d import avg_pool2d, max_pool2d
@@ -30,6 +31,7 @@ __all__ = [
     "check_unit_stride",
     "check_window",
     "complex_product",
+    "global_avg_pool",
     "kernel_spectrum",
     "max_pool2d",
     "pack",
