@@ -335,7 +335,7 @@ def _(x: Tensor, height: int, width: int, workspace: int) -> Tensor:
     return x.new_empty(*x.shape[:2], height, width)
 
 
-@define_op("(Tensor grad, int height, int width, int workspace) -> Tensor")
+@define_op("(Tensor grad, SymInt height, SymInt width, int workspace) -> Tensor")
 def _spectral_pool2d_maps_backward(grad: Tensor, height: int, width: int, workspace: int) -> Tensor:
     """The adjoint: to maps of ``height x width``."""
     rows, columns = _matrices(grad, (height, width), (grad.shape[2], grad.shape[3]))

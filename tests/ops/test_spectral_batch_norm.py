@@ -243,6 +243,13 @@ def test_empty_batch_leaves_the_statistics():
     assert weight.grad is not None and torch.equal(weight.grad, torch.zeros(3, dtype=DOUBLE))
 
 
+def test_input_without_gradient():
+    x = maps((3, 2, 4, 4), torch.device("cpu")).detach()
+    weight, bias, _, _ = parameters(2, x.device)
+    out, _, _ = ops.spectral_batch_norm(ops.to_spectral(x, threshold=0.0), weight, bias, training=True)
+    compare(ops.to_spatial(out), F.batch_norm(x, None, None, weight, bias, training=True), [weight, bias])
+
+
 def test_nan_stays_in_its_channel():
     x = maps((2, 3, 4, 4), torch.device("cpu")).detach()
     x[1, 0, 2, 2] = float("nan")
