@@ -292,7 +292,7 @@ class TritonBackend(Backend):
 
 def _row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:
     """The kernels take frequencies one by one."""
-    return _numbers(rows.start, rows.stop, device) if isinstance(rows, slice) else rows
+    return _numbers(rows.start, rows.stop, device) if isinstance(rows, slice) else rows.contiguous()
 
 
 @lru_cache(maxsize=256)

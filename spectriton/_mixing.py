@@ -31,20 +31,30 @@ class Mixing:
         spectrum = reference.complex_kernel_spectrum(self._taps, basis)
         return spectrum.view(-1, self.groups, inputs, outputs // self.groups)
 
-    def mix(self, x: Tensor, weights: Tensor, out: Tensor) -> None:
-        """``out[f, b, o] = sum_i x[f, b, i] weights[f, i, o]``."""
-        _matmul_into(torch.view_as_complex(x), weights, torch.view_as_complex(out))
+    def of_inputs(self, weights: Tensor, inputs: slice) -> Tensor:
+        """The part of :meth:`weights` for a range of input channels."""
+        return weights if inputs == slice(0, self.shape[1]) else weights[:, :, inputs]
+
+    def mix(self, x: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> None:
+        """``out[f, b, o] = sum_i x[f, b, i] weights[f, i, o]``; ``add`` adds it to what is there."""
+        _matmul_into(torch.view_as_complex(x), weights, torch.view_as_complex(out), add)
 
     def mix_grad_input(self, grad: Tensor, weights: Tensor, out: Tensor) -> None:
         """``out[f, b, i] = sum_o grad[f, b, o] conj(weights[f, i, o])``."""
         _matmul_into(torch.view_as_complex(grad), weights.mH, torch.view_as_complex(out))
 
-    def add_grad_taps(self, x: Tensor, grad: Tensor, basis: Tensor) -> None:
-        """Adds what a chunk contributes to the gradient of the taps."""
+    def add_grad_taps(self, x: Tensor, grad: Tensor, basis: Tensor, inputs: slice | None = None) -> None:
+        """Adds what a chunk contributes to the gradient of the taps of a range of input channels, by default all."""
         left, right = (_by_group(torch.view_as_complex(pairs), self.groups) for pairs in (x, grad))
         spectrum = torch.matmul(left.mH, right)  # sum_b conj(x[f, b, i]) grad[f, b, o]
         taps = reference.complex_kernel_spectrum_adjoint(spectrum.flatten(1), basis)
-        self._gradient = taps if self._gradient is None else self._gradient.add_(taps)
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(self._taps)
+        if inputs is None or inputs == slice(0, self.shape[1]):
+            self._gradient += taps
+        else:
+            whole = self._gradient.view(taps.shape[0], self.shape[1], self.shape[0])
+            whole[:, inputs] += taps.view(taps.shape[0], -1, self.shape[0])
 
     def grad_taps(self) -> Tensor:
         """``(O, I / g, kh, kw)``: what was added."""
@@ -70,21 +80,29 @@ class EmbeddedMixing(Mixing):
         out = self._taps.new_empty(basis.shape[0], self.groups, 2 * inputs, 2 * outputs // self.groups)
         return self._kernels.kernel_spectrum(self._taps, basis, self.groups, out)
 
-    def mix(self, x: Tensor, weights: Tensor, out: Tensor) -> None:
+    def of_inputs(self, weights: Tensor, inputs: slice) -> Tensor:
+        """As for complex products."""
+        return weights[:, :, 2 * inputs.start : 2 * inputs.stop]
+
+    def mix(self, x: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> None:
         """As by complex products, weights embedded."""
-        _matmul_into(x.flatten(2), weights, out.flatten(2))
+        _matmul_into(x.flatten(2), weights, out.flatten(2), add)
 
     def mix_grad_input(self, grad: Tensor, weights: Tensor, out: Tensor) -> None:
         """As by complex products: the transpose of an embedded weight is its conjugate transpose."""
         _matmul_into(grad.flatten(2), weights.mT, out.flatten(2))
 
-    def add_grad_taps(self, x: Tensor, grad: Tensor, basis: Tensor) -> None:
+    def add_grad_taps(self, x: Tensor, grad: Tensor, basis: Tensor, inputs: slice | None = None) -> None:
         """As by complex products, through the gradient of the embedded weights."""
         left, right = (_by_group(pairs.flatten(2), self.groups) for pairs in (x, grad))
         spectrum = torch.matmul(left.mT, right)
         if self._gradient is None:
             self._gradient = torch.zeros_like(self._taps)
-        self._kernels.kernel_spectrum_adjoint(spectrum, basis, self.groups, self._gradient)
+        if inputs is None or inputs == slice(0, self.shape[1]):
+            self._kernels.kernel_spectrum_adjoint(spectrum, basis, self.groups, self._gradient)
+        else:
+            taps = torch.zeros_like(self._gradient[:, inputs], memory_format=torch.contiguous_format)
+            self._gradient[:, inputs] += self._kernels.kernel_spectrum_adjoint(spectrum, basis, self.groups, taps)
 
     def grad_taps(self) -> Tensor:
         """``(O, I / g, kh, kw)``: what was added."""
@@ -96,10 +114,17 @@ def _by_group(chunk: Tensor, groups: int) -> Tensor:
     return chunk.unflatten(2, (groups, -1)).transpose(1, 2)
 
 
-def _matmul_into(x: Tensor, weights: Tensor, out: Tensor) -> None:
+def _matmul_into(x: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> None:
     """``out`` ``(Fc, B, N) = x`` ``(Fc, B, K)`` times ``weights`` ``(Fc, g, K / g, N / g)``, group by group."""
     if weights.shape[1] == 1 and out.is_contiguous():
-        torch.bmm(x, weights[:, 0], out=out)
+        if add:
+            torch.baddbmm(out, x, weights[:, 0], out=out)
+        else:
+            torch.bmm(x, weights[:, 0], out=out)
+        return
+    # A strided result would send bmm down a slow path, so it goes through a contiguous one.
+    product, target = torch.matmul(_by_group(x, weights.shape[1]), weights), _by_group(out, weights.shape[1])
+    if add:
+        target += product
     else:
-        # A strided result would send bmm down a slow path, so it goes through a contiguous one.
-        _by_group(out, weights.shape[1]).copy_(torch.matmul(_by_group(x, weights.shape[1]), weights))
+        target.copy_(product)

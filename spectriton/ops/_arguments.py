@@ -82,15 +82,15 @@ def check_convolution(op: str, channels: int, weight: Tensor, bias: Tensor | Non
         fail(op, "bias", bias, f"shape ({weight.shape[0]},)", "pass one value per output channel")
 
 
-def check_stride(op: str, stride: Any) -> tuple[int, int]:
-    """A stride as two positive whole numbers.
+def check_stride(op: str, stride: Any, name: str = "stride") -> tuple[int, int]:
+    """A stride (or dilation, as ``name`` says) as two positive whole numbers.
 
     Raises:
         ValueError: it is something else.
     """
     pair = (stride, stride) if isinstance(stride, int) else tuple(stride)
     if len(pair) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in pair):
-        fail(op, "stride", stride, "a positive int or two of them", "pass stride=1 or stride=(1, 2)")
+        fail(op, name, stride, "a positive int or two of them", f"pass {name}=1 or {name}=(1, 2)")
     return pair[0], pair[1]
 
 
