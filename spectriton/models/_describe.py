@@ -333,11 +333,6 @@ def _numbered(
 def _block(layer: Conv, options: Options) -> snn.SpecBlock:
     """The packed block of a convolution."""
     active = layer.activation or layer.deferred
-    further: dict[str, Any] = options.rule()
-    if layer.stride != 1:
-        further["stride"] = layer.stride
-    if (layer.norm or layer.deferred) and not options.paper:
-        further["norm"] = True
     return snn.SpecBlock(
         layer.in_channels,
         layer.out_channels,
@@ -348,7 +343,9 @@ def _block(layer: Conv, options: Options) -> snn.SpecBlock:
         bias=layer.bias,
         value_dtype=options.value_dtype,
         workspace=options.workspace,
-        **further,
+        stride=layer.stride,
+        norm=(layer.norm or layer.deferred) and not options.paper,
+        **options.rule(),
     )
 
 

@@ -5,7 +5,6 @@ from spectriton.ops._arguments import (
     check_output_size,
     check_padding_mode,
     check_stride,
-    check_unit_stride,
     check_window,
     thresholding_rule,
 )
@@ -28,7 +27,6 @@ __all__ = [
     "check_output_size",
     "check_padding_mode",
     "check_stride",
-    "check_unit_stride",
     "check_window",
     "complex_product",
     "global_avg_pool",

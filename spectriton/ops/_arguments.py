@@ -168,13 +168,3 @@ def check_padding_mode(op: str, mode: str) -> str:
         ValueError: no such mode.
     """
     return check_choice(op, "padding_mode", mode, PADDING_MODES)
-
-
-def check_unit_stride(op: str, stride: Any) -> None:
-    """Check that a stride is 1.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if check_stride(op, stride) != (1, 1):
-        fail(op, "stride", tuple(stride), "1", "follow the block by a pooling layer instead")

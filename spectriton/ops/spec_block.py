@@ -248,7 +248,7 @@ _CONVOLUTION = (
 
 @define_op(
     f"({_INPUTS}, Tensor weight, Tensor? bias, Tensor? activation_scale, {_CONVOLUTION}, float threshold, "
-    f"float density, str value_dtype) -> {PACKED_RESULT}"
+    f"float density, str value_dtype, Tensor? threshold_scale) -> {PACKED_RESULT}"
 )
 def _spec_block(
     edges: list[Tensor],
@@ -269,6 +269,7 @@ def _spec_block(
     threshold: float,
     density: float,
     value_dtype: str,
+    threshold_scale: Tensor | None,
 ) -> Packed:
     """``shape`` is ``[B, H, W]`` of the inputs, ``channels`` those of each."""
     dtype = edges[0].dtype
@@ -283,10 +284,11 @@ def _spec_block(
         for part, y in _mixed(walk, bias, rows):
             histogram.add(y[part.start == 0 :, : walk.outputs.row])
         threshold = histogram.threshold(keep_from_density(density, walk.outputs))
+    level = threshold if threshold_scale is None else threshold * threshold_scale.to(dtype)
     making = packer(walk.outputs, value_dtype, dtype, weight.device)
     scale = None if activation_scale is None else activation_scale.to(dtype)
     for part, y in _mixed(walk, bias, rows):
-        making.append(y, part, threshold, kind, scale)
+        making.append(y, part, level, kind, scale)
     return making.finish()
 
 
@@ -310,6 +312,7 @@ def _(
     threshold: float,
     density: float,
     value_dtype: str,
+    threshold_scale: Tensor | None,
 ) -> Packed:
     size = (shape[0], weight.shape[0], shape[1] // stride[0], shape[2] // stride[1])
     return fake_packed(edges[0], edges[0].dtype, size, value_dtype)
@@ -428,7 +431,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 18
+        return (None,) * 19
     saved, n = ctx.saved_tensors, ctx.sources
     fields = [list(saved[first : first + n]) for first in range(0, 4 * n, n)]
     *out_packed, weight, activation_scale = saved[4 * n :]
@@ -443,7 +446,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         grad_weight.to(weight.dtype),
         None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
         None if activation_scale is None else grad_scale.to(activation_scale.dtype),
-        *(None,) * 10,
+        *(None,) * 11,
     )
 
 
@@ -461,6 +464,7 @@ def spec_block(
     density: float | None = None,
     activation: str = "tanh",
     activation_scale: Tensor | None = None,
+    threshold_scale: Tensor | None = None,
     groups: int = 1,
     value_dtype: torch.dtype | str | None = None,
     workspace: int | None = None,
@@ -479,6 +483,7 @@ def spec_block(
         density: instead of a threshold, the fraction of coefficients to keep; costs a second pass of the mixing.
         activation: ``h`` in ``h(re) + i h(im)``: tanh (the paper's), softsign, asinh, atan or identity.
         activation_scale: ``(O,)``; per channel ``s h(x / s)``.
+        threshold_scale: ``(O,)``; the threshold of a channel is ``threshold`` times this. Not differentiated.
         groups: as for ``nn.Conv2d``; 1 for several inputs.
         value_dtype: format of the kept values, by default that of the (first) input.
         workspace: bound on temporaries in bytes.
@@ -512,8 +517,9 @@ def spec_block(
     spread = check_stride(op, dilation, "dilation")
     check_activation(op, activation)
     outputs = weight.shape[0]
-    if activation_scale is not None and tuple(activation_scale.shape) != (outputs,):
-        fail(op, "activation_scale", activation_scale, f"shape ({outputs},)", "pass one scale per output channel")
+    for given, argument in ((activation_scale, "activation_scale"), (threshold_scale, "threshold_scale")):
+        if given is not None and tuple(given.shape) != (outputs,):
+            fail(op, argument, given, f"shape ({outputs},)", "pass one scale per output channel")
     level, fraction = check_rule(op, threshold, density)
     name = first.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, first.edge.dtype)
     fields = _spec_block(
@@ -531,5 +537,6 @@ def spec_block(
         level,
         fraction,
         name,
+        threshold_scale,
     )
     return PackedSpectrum.of(fields, (batch, outputs, height // steps[0], width // steps[1]), name)

@@ -168,7 +168,7 @@ def test_opcheck():
     convolution = ([2, 5, 6], [3], [1, 1], [1, 1], 1, "tanh", 0)
     torch.library.opcheck(
         torch.ops.spectriton.spec_block.default,
-        (*fields, weight, bias, scale, *convolution, 0.5, -1.0, "float64"),
+        (*fields, weight, bias, scale, *convolution, 0.5, -1.0, "float64", None),
     )
 
 
@@ -297,3 +297,13 @@ def test_bad_input(call, kind: type[Exception], text: str):
     packed = ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=0.5)
     with pytest.raises(kind, match=text):
         call(packed, torch.randn(4, 3, 3, 3))
+
+
+def test_threshold_scale_sets_the_threshold_of_each_channel(backend: str, device: torch.device):
+    packed = ops.to_spectral(torch.randn(4, 3, 6, 6, dtype=DOUBLE, device=device), threshold=0.3)
+    weight, bias = taps(2, 3, (3, 3), device)
+    scale = torch.tensor([0.5, 2.0], dtype=DOUBLE, device=device)
+    both = ops.spec_block(packed, weight, bias, threshold=1.0, threshold_scale=scale).to_dense()
+    for channel in range(2):
+        alone = ops.spec_block(packed, weight, bias, threshold=float(scale[channel])).to_dense()
+        torch.testing.assert_close(both[:, channel], alone[:, channel])
