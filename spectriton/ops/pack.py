@@ -87,10 +87,13 @@ def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
     spectrum, height, width, _, _, _, workspace = inputs
     ctx.shape, ctx.workspace, ctx.dtype = [*spectrum.shape[:2], height, width], workspace, spectrum.dtype
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
+    ctx.set_materialize_grads(False)  # no zeros of the size of the values
     ctx.save_for_backward(output[3], output[4])
 
 
-def _pack_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _pack_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 7
     bitmap, offsets = ctx.saved_tensors
     grad_spectrum = _pack_backward(grad, bitmap, offsets, ctx.shape, ctx.workspace)
     return grad_spectrum.to(ctx.dtype), None, None, None, None, None, None
@@ -187,10 +190,13 @@ def _to_spectral_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> Non
     x, _, _, _, workspace = inputs
     ctx.shape, ctx.workspace, ctx.dtype = list(x.shape), workspace, x.dtype
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
+    ctx.set_materialize_grads(False)  # no zeros of the size of the values
     ctx.save_for_backward(output[3], output[4])
 
 
-def _to_spectral_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _to_spectral_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 5
     grad_x = _to_spectral_backward(grad, *ctx.saved_tensors, ctx.shape, ctx.workspace)
     return grad_x.to(ctx.dtype), None, None, None, None
 
