@@ -183,7 +183,7 @@ BAD = [
     (lambda: snn.SpectralConv2d.from_conv2d(nn.Linear(3, 4)), TypeError, "expected an nn.Conv2d"),
     (lambda: snn.SpectralConv2d.from_conv2d(nn.Conv2d(3, 4, 3)), ValueError, "padding got"),
     (lambda: snn.SpectralConv2d.from_conv2d(nn.Conv2d(3, 4, 3, padding=2, dilation=2)), ValueError, "dilation"),
-    (lambda: snn.SpecBlock.from_conv2d(nn.Conv2d(3, 4, 3, padding=1, stride=2)), ValueError, "stride got"),
+    (lambda: snn.SpecBlock(3, 4, 3, stride=0), ValueError, "stride got 0"),
     (lambda: snn.SpecBlock(3, 4, 3)(torch.zeros(1, 3, 4, 4)), TypeError, "ToSpectral"),
     (lambda: snn.SpecBlock(3, 4, 3)(ops.to_spectral(torch.zeros(1, 2, 4, 4), threshold=0)), ValueError, "2 channels"),
     (lambda: snn.ToSpatial()(torch.zeros(1, 3, 4, 4)), TypeError, "PackedSpectrum"),
