@@ -22,6 +22,7 @@ LAYER_OF = {
     "reference": "reference",
     "_backend": "backend",
     "_mixing": "backend",
+    "codec": "ops",
     "ops": "ops",
     "nn": "nn",
     "models": "models",

@@ -1,0 +1,169 @@
+"""Codecs: what comes back, what it costs, and that nothing is lost unseen."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from spectriton.codec import CastCodec, Codec, QuantiseCodec
+
+SHAPES = [(2, 3, 8, 8), (1, 5, 7, 9), (3, 2, 1, 1), (2, 3, 2, 13), (0, 3, 4, 4), (2, 0, 4, 4)]
+CODECS: list[Codec] = [
+    CastCodec(torch.bfloat16),
+    CastCodec(torch.float16, rounding="stochastic"),
+    QuantiseCodec(bits=1),
+    QuantiseCodec(bits=2, workspace=1),
+    QuantiseCodec(bits=4, group=64, rounding="nearest"),
+    QuantiseCodec(bits=8, group=8),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def smooth(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Maps that look like those of a network: smooth, channels of their own mean and scale."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.randn(*shape, generator=generator)
+    if maps.numel():
+        for dim in (2, 3):
+            maps = maps + maps.roll(1, dim) + maps.roll(2, dim)
+    scale = 1 + torch.arange(shape[1]).view(-1, 1, 1)
+    return maps * scale + scale
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_shape_dtype_and_size(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype):
+    x = smooth(*shape).to(dtype)
+    encoded = codec.encode(x)
+    assert encoded.shape == x.shape and encoded.dtype == dtype
+    assert encoded.nbytes == sum(t.untyped_storage().nbytes() for t in encoded.tensors)
+    assert not any(t.requires_grad for t in encoded.tensors)
+    # The size is known from the shape alone.
+    assert encoded.nbytes == codec.encode(torch.zeros_like(x)).nbytes
+    out = encoded.decode()
+    assert out.shape == x.shape and out.dtype == dtype and out.isfinite().all()
+    assert encoded.decode(torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_strides_do_not_matter(codec: Codec):
+    x = smooth(4, 6, 7, 5)
+    expected = codec.encode(x, seed=1).decode()
+    for other in (x.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([x, x], -1)[..., 0]):
+        out = codec.encode(other, seed=1).decode()
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        assert out.is_contiguous()
+    last = codec.encode(x.contiguous(memory_format=torch.channels_last)).decode()
+    assert last.is_contiguous(memory_format=torch.channels_last) and not last.is_contiguous()
+    assert relative_error(last, x) < 2 * relative_error(expected, x)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_repeatable_and_rebuilt_from_tensors(codec: Codec):
+    x = smooth(3, 4, 9, 9)
+    state = torch.get_rng_state()
+    first, second = codec.encode(x), codec.encode(x.clone())
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(first.tensors, second.tensors, strict=True):
+        assert torch.equal(a, b)
+    copies = tuple(t.clone() for t in first.tensors)
+    assert torch.equal(first.with_tensors(copies).decode(), first.decode())
+    again = pickle.loads(pickle.dumps(codec))
+    assert again == codec and hash(again) == hash(codec) and repr(again) == repr(codec)
+    with pytest.raises(ValueError, match="pass them all"):
+        first.with_tensors(copies[:-1])
+
+
+STOCHASTIC = [
+    CastCodec(torch.bfloat16, rounding="stochastic"),
+    CastCodec(torch.float16, rounding="stochastic"),
+    QuantiseCodec(bits=2, group=64),
+]
+
+
+@pytest.mark.parametrize("codec", STOCHASTIC, ids=repr)
+def test_stochastic_rounding_is_unbiased(codec: Codec):
+    x = smooth(2, 3, 6, 6)
+    errors = torch.stack([codec.encode(x, seed=s).decode(torch.float64) for s in range(400)]) - x.double()
+    signs = torch.randn(216, 32, generator=torch.Generator().manual_seed(0)).sign().double()
+    # Weighted sums of all errors: their means over seeds are normal, so 4.5 standard errors are exceeded by one of 32
+    # with a probability of 2e-4.
+    sums = errors.flatten(1) @ torch.cat([signs, torch.ones(216, 1).double()], 1)
+    assert (sums.std(0) > 0).all()
+    assert (sums.mean(0) / (sums.std(0) / 20)).abs().max() < 4.5
+    # Errors of different values are independent: the spread of a sum is that of its terms.
+    spread = errors.var(0).sum().sqrt()
+    torch.testing.assert_close(sums.std(0), spread.expand(33), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("codec", STOCHASTIC, ids=repr)
+def test_seeds(codec: Codec):
+    x = smooth(2, 3, 6, 6)
+    decoded = codec.encode(x, seed=7).decode()
+    assert torch.equal(decoded, codec.encode(x, seed=torch.tensor(7)).decode())
+    assert not torch.equal(decoded, codec.encode(x, seed=8).decode())
+    assert not torch.equal(decoded, codec.encode(x, seed=7 + (1 << 40)).decode())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_what_is_not_finite_stays_visible(codec: Codec, dtype: torch.dtype, value: float):
+    x = smooth(2, 4, 8, 8).to(dtype)
+    x[1, 2, 3, 4] = value
+    out = codec.encode(x).decode()
+    assert not out[1, 2, 3, 4].isfinite()
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_half_precision_does_not_overflow(codec: Codec):
+    x = (smooth(2, 4, 8, 8) / 50).clamp(-1, 1).mul(65504).to(torch.float16)
+    assert codec.encode(x).decode().isfinite().all()
+    assert codec.encode(x.float() * 2).decode(torch.float16).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [0.0, 2.5, -3.0])
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_constant_maps_come_back_as_they_are(codec: Codec, value: float):
+    x = torch.full((3, 4, 6, 6), value)
+    torch.testing.assert_close(codec.encode(x).decode(), x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(1, 0.5), (2, 0.17), (4, 0.034), (8, 0.002)])
+def test_quantised_to_the_nearest_level(bits: int, bound: float):
+    x = torch.rand(2, 4, 8, 8)
+    codec = QuantiseCodec(bits=bits, rounding="nearest")
+    encoded = codec.encode(x)
+    assert (encoded.decode() - x).abs().max() <= bound
+    assert encoded.bits_per_value == bits + 0.25
+
+
+def test_cast():
+    x = smooth(2, 3, 5, 5)
+    assert torch.equal(CastCodec(torch.bfloat16).encode(x).decode(), x.bfloat16().float())
+    assert torch.equal(CastCodec(torch.float32, rounding="stochastic").encode(x).decode(), x)
+
+
+BAD = [
+    (lambda: CastCodec(torch.int8), ValueError, "CastCodec: dtype got torch.int8"),
+    (lambda: CastCodec(rounding="up"), ValueError, "one of 'nearest', 'stochastic'"),
+    (lambda: QuantiseCodec(bits=3), ValueError, "one of 1, 2, 4, 8"),
+    (lambda: QuantiseCodec(group=100), ValueError, "multiple of 8"),
+    (lambda: QuantiseCodec().encode(torch.zeros(2, 3)), ValueError, "4 dimensions"),
+    (lambda: QuantiseCodec().encode(torch.zeros(1, 2, 3, 4, dtype=torch.int32)), TypeError, r"\.float\(\)"),
+    (lambda: QuantiseCodec().encode(torch.zeros(1, 2, 3, 4), seed=0.5), TypeError, "a whole number"),
+    (lambda: QuantiseCodec().encode(torch.zeros(1, 2, 3, 4), seed=torch.zeros(2)), TypeError, "a whole number"),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "text"), BAD)
+def test_bad_input(call, kind: type[Exception], text: str):
+    with pytest.raises(kind, match=text):
+        call()
