@@ -127,6 +127,7 @@ class Convolution(Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
         if needs_weight:
+            assert recipe is not None
             x = recipe.decode(grad.dtype)
             if geometry.pad is not None:
                 x = geometry.pad(x)
@@ -182,6 +183,7 @@ class BatchNorm(Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
         if needs_weight or (needs_x and ctx.of_batch):
+            assert recipe is not None
             x = recipe.decode(grad.dtype)
             statistics = (mean, var, batch_mean, invstd, ctx.of_batch, ctx.eps)
             mask = [needs_x, needs_weight, needs_bias]
@@ -472,6 +474,12 @@ class Drop(Function):
 
 
 def drop_again(x: Tensor, own: tuple[Tensor, ...], *, p: float) -> Tensor:
-    """Step of a recipe, and the derivative: what was dropped becomes zero, the rest is scaled; ``x`` is written over."""
+    """Step of a recipe, and the derivative: what was dropped becomes zero, the rest is scaled.
+
+    Args:
+        x: written over.
+        own: the packed bits.
+        p: the probability.
+    """
     dropped = unpack(own[0], 1, x.numel()).view(torch.bool).view(x.shape)
     return x.mul_(x.new_ones(()).div_(1 - p)).masked_fill_(dropped, 0)

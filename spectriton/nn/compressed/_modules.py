@@ -38,7 +38,7 @@ def _constant(y: Tensor) -> Tensor:
 
 
 def _note_pooled(x: Tensor, y: Tensor, step: Callable[..., Tensor], *own: Tensor) -> None:
-    """Note that ``y`` can be made of what is kept of ``x`` already; else ``y``, being smaller, had better be encoded."""
+    """Note that ``y`` can be made of what is kept of ``x``; else ``y``, being smaller, is better encoded itself."""
     recipe = known_recipe(x)
     if recipe is not None and recipe.held and y.shape[-2] * y.shape[-1] >= SMALLEST_MAP:
         leave_note(y, Derived(recipe, step, own))
@@ -291,7 +291,8 @@ class CompressedDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         applies = self.training and self.p > 0 and input.is_floating_point() and input.numel()
         if not (applies and torch.is_grad_enabled() and input.requires_grad):
-            return _constant(super().forward(input))
+            # Not marked as computed: in evaluation this is the input itself.
+            return super().forward(input)
         recipe = known_recipe(input)
         y, dropped = functions.Drop.apply(input, self.p, self.inplace)
         if recipe is not None:

@@ -1,8 +1,8 @@
 """How a tensor that backward needs is rebuilt, and how that knowledge travels from one module to the next.
 
 A recipe names a stored copy of some maps (:class:`Stored`, or :class:`Exact` for a tensor that is alive anyway) and the
-steps that lead from them to the tensor (:class:`Derived`). A module that makes a tensor with a recipe leaves a note on it;
-the next module finds the recipe there and keeps the same storage instead of a copy of its own.
+steps that lead from them to the tensor (:class:`Derived`). A module that makes a tensor with a recipe leaves a note on
+it; the next module finds the recipe there and keeps the same storage instead of a copy of its own.
 """
 
 from __future__ import annotations
