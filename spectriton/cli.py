@@ -155,6 +155,21 @@ def build_app() -> Any:
             rich_help_panel=data_panel,
         ),
     ]
+    Method: TypeAlias = Annotated[
+        str,
+        typer.Option(
+            help="What the network is compared with: spectral (its spectral twin) or compress (itself, with feature maps "
+            "compressed between forward and backward).",
+            rich_help_panel=data_panel,
+        ),
+    ]
+    Density: TypeAlias = Annotated[
+        float, typer.Option(help="compress: fraction of coefficients kept.", rich_help_panel=data_panel)
+    ]
+    Bits: TypeAlias = Annotated[
+        int, typer.Option(help="compress: bits of a kept coefficient.", rich_help_panel=data_panel)
+    ]
+    Transform: TypeAlias = Annotated[str, typer.Option(help="compress: dct, fft or none.", rich_help_panel=data_panel)]
     Paper: TypeAlias = Annotated[
         bool,
         typer.Option("--paper", help="Keep to the paper, not the best known settings.", rich_help_panel=data_panel),
@@ -221,6 +236,10 @@ def build_app() -> Any:
         threshold: Threshold = 0.5,
         value_dtype: ValueDtype = None,
         paper: Paper = False,
+        method: Method = "spectral",
+        density: Density = 0.25,
+        bits: Bits = 4,
+        transform: Transform = "dct",
         width: Width = 1.0,
         image_size: ImageSize = None,
         data_dir: DataDir = None,
@@ -242,7 +261,7 @@ def build_app() -> Any:
         workers: Workers = 0,
         resume: Resume = True,
     ) -> None:
-        """Train a network and its spectral twin alike; write report.json, curves.png and memory.png."""
+        """Train a network and its spectral (or compressed) twin alike; write report.json, curves.png and memory.png."""
         options = dict(locals())
         with _user_errors(), _stop_on_signals() as stop:
             from spectriton import report

@@ -1,5 +1,6 @@
 """The main job: train a network and its spectral twin alike, and report what the spectrum costs and saves.
 
+With ``method="compress"`` the second network is the first one, trained with compressed maps (:mod:`spectriton.compression`).
 Both twins are built from the same seed (so that weights that both have start out the same), see the same images in the
 same order, and are measured one after the other: the first is gone from memory before the second is built.
 """
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectriton import _check, environment, memory, models, report
+from spectriton import _check, compression, environment, memory, models, report
+from spectriton.codec import Codec, make_codec
 from spectriton.data import load
 from spectriton.images import Images
 from spectriton.packed import VALUE_DTYPES
@@ -35,6 +37,10 @@ from spectriton.train import (
 )
 
 
+#: What the second network is called, by the way it saves memory.
+METHODS = {"spectral": "spectral", "compress": "compressed"}
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """What to compare, on what, and how it is trained.
@@ -48,12 +54,14 @@ class CompareConfig:
         paper: keep to the paper instead of the best known settings.
         width: multiplies the network's numbers of channels.
         image_size: edge in pixels that the network is given; the data's own where ``None``.
+        method: ``"spectral"``, or ``"compress"`` for the original with compressed maps; then
+        density, bits, transform: are as for :func:`spectriton.compress`, and the three settings above play no part.
         train_limit, test_limit: use only the first so many images.
         data_dir: where the data's files are; it is not part of reports.
         train: the recipe.
 
     Raises:
-        ValueError, TypeError: threshold or value_dtype is not usable, or paper and value_dtype contradict each other.
+        ValueError, TypeError: a setting is not usable, or paper and value_dtype contradict each other.
     """
 
     model: str = "lenet"
@@ -67,8 +75,14 @@ class CompareConfig:
     test_limit: int | None = None
     data_dir: str | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
+    method: str = "spectral"
+    density: float = 0.25
+    bits: int = 4
+    transform: str = "dct"
 
     def __post_init__(self) -> None:
+        _check.check_choice("CompareConfig", "method", self.method, METHODS)
+        self.codec()
         _check.check_threshold("CompareConfig", self.threshold)
         if self.value_dtype is not None:
             _check.check_choice("CompareConfig", "value_dtype", self.value_dtype, VALUE_DTYPES)
@@ -97,7 +111,19 @@ class CompareConfig:
         del settings["data_dir"]
         recipe = settings.pop("train")
         settings["value_dtype"] = self.stored_dtype
+        if self.method == "spectral":
+            for name in ("density", "bits", "transform"):
+                del settings[name]
         return {**settings, **recipe, "device": self.train.resolve_device().type}
+
+    @property
+    def second(self) -> str:
+        """Variant that is compared with the spatial network."""
+        return METHODS[self.method]
+
+    def codec(self) -> Codec:
+        """What encodes the maps of the compressed network."""
+        return make_codec(self.transform, density=self.density, bits=self.bits)
 
     @property
     def stored_dtype(self) -> str:
@@ -117,14 +143,15 @@ def build_network(config: CompareConfig, data: Images, variant: str) -> nn.Modul
     if config.value_dtype is not None:
         options["value_dtype"] = config.value_dtype
     seed_everything(config.train.seed)
-    return models.build(
+    network: nn.Module = models.build(
         config.model,
-        variant=variant,
+        variant="spatial" if variant == "compressed" else variant,
         num_classes=data.num_classes,
         in_channels=data.channels,
         image_size=data.image_size,
         **options,
     )
+    return compression.compress(network, codec=config.codec()) if variant == "compressed" else network
 
 
 def measure_step(model: nn.Module, data: Images, config: TrainConfig) -> dict[str, int]:
@@ -171,7 +198,7 @@ def train_variant(
 
     Args:
         config: what to train.
-        variant: ``"spatial"`` or ``"spectral"``.
+        variant: ``"spatial"``, ``"spectral"`` or ``"compressed"``.
         out_dir: directory for the checkpoint.
         data: images of your own instead of ``config.data``.
         title: name of the run for ``progress``; the variant where left out.
@@ -196,6 +223,8 @@ def train_variant(
         "paper": config.paper,
         "width": config.width,
     }
+    if variant == "compressed":
+        identity["codec"] = repr(config.codec())
     checkpoint = Checkpoint(Path(out_dir) / f"{variant}.pt", identity, fresh=fresh)
     result = train(
         model, data, config.train, title=title or variant, progress=progress, checkpoint=checkpoint, stop=stop
@@ -277,7 +306,7 @@ def compare(
         plots: draw the figures, which needs matplotlib.
 
     Returns:
-        What ``report.json`` holds: ``spatial``, ``spectral``, ``ratio`` (spectral over spatial), ``config``,
+        What ``report.json`` holds: ``spatial``, ``spectral`` (or ``compressed``), ``ratio`` (to spatial), ``config``,
         ``environment``; with several seeds the means, and ``runs`` with every seed's own report.
 
     Raises:
@@ -293,17 +322,17 @@ def compare(
     data = data if data is not None else config.load_data()
     configs = [replace(config, train=replace(config.train, seed=seed)) for seed in chosen]
     # Settings that the second twin refuses should not cost the first one's hours.
-    build_network(configs[0], data, "spectral")
+    build_network(configs[0], data, config.second)
     device = config.train.resolve_device()
     out = Path(out_dir)
     runs = []
     for run in configs:
         place = out if len(configs) == 1 else out / f"seed-{run.train.seed}"
         networks = {}
-        for variant in VARIANTS:
+        for variant in ("spatial", config.second):
             networks[variant] = train_variant(run, variant, place, data=data, progress=progress, fresh=fresh, stop=stop)
             release_memory()
-        runs.append(report.assemble(networks["spatial"], networks["spectral"], run.describe(), device))
+        runs.append(report.assemble(networks, run.describe(), device))
     result = runs[0] if len(runs) == 1 else report.merge(runs)
     report.write_json(result, out / "report.json")
     if plots:

@@ -8,13 +8,14 @@ from statistics import mean
 from typing import Any
 
 from spectriton import environment
-from spectriton.report import conditions, networks
+from spectriton.report import conditions, networks, variants_of
 
 # Okabe and Ito's blue and vermillion; line style and hatching tell the two apart in grey as well. The dashed line lies
 # on top, so that both are seen where they agree.
 _STYLE = {
     "spatial": {"color": "#0072B2", "linestyle": "--", "marker": "s", "zorder": 4},
     "spectral": {"color": "#D55E00", "linestyle": "-", "marker": "o", "zorder": 3},
+    "compressed": {"color": "#009E73", "linestyle": "-", "marker": "^", "zorder": 3},
 }
 # Okabe and Ito's others, and markers that go with them, for networks beside one another.
 _NETWORKS = (
@@ -121,7 +122,8 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    density = report["spectral"].get("density", {})
+    other = variants_of(report)[1]
+    density = report[other].get("density", {})
     figure = _figure(9.0, max(3.9, 2.2 + 0.22 * len(density)))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     bars = (
@@ -131,7 +133,7 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
         ("average", "average_bytes"),
         ("peak", "peak_bytes"),
     )
-    for offset, variant in ((-0.2, "spatial"), (0.2, "spectral")):
+    for offset, variant in ((-0.2, "spatial"), (0.2, other)):
         heights = [report[variant][key] / _MIB for _, key in bars]
         drawn = left.bar(
             [position + offset for position in range(len(bars))],
@@ -143,7 +145,7 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
             linewidth=0,
             label=variant,
         )
-        if variant == "spectral":
+        if variant == other:
             ratios = [report["ratio"][key] for _, key in bars]
             left.bar_label(
                 drawn, ["" if ratio is None else f"{100 * ratio:.0f} %" for ratio in ratios], padding=2, fontsize=8

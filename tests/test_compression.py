@@ -683,6 +683,19 @@ def test_bits(width: int, count: int):
     assert torch.equal(bits.unpack(packed, width, count), values)
 
 
+@pytest.mark.parametrize("count", [1, 9, 100, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_clearing_by_bits(dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch):
+    """Over several chunks, as large maps are; NaN goes too."""
+    monkeypatch.setattr(bits, "_CHUNK_OF_CPU", 64)
+    x = torch.randn(count).to(dtype)
+    x[::7] = math.nan
+    outside = torch.rand(count) > 0.5
+    expected = x.masked_fill(outside, 0)
+    bits.clear(x, bits.pack(outside, 1))
+    assert torch.equal(x.nan_to_num(nan=5), expected.nan_to_num(nan=5))
+
+
 # -- the quality of gradients -----------------------------------------------------------------------------------------
 
 

@@ -235,7 +235,7 @@ def test_bad_settings_are_refused(change: dict[str, Any], said: str) -> None:
 
 def test_ratios_over_zero_are_none() -> None:
     network: dict[str, Any] = dict.fromkeys(NUMBERS, 1)
-    result = report.assemble({**network, "test_accuracy": 0}, network, CONFIG.describe())
+    result = report.assemble({"spatial": {**network, "test_accuracy": 0}, "spectral": network}, CONFIG.describe())
     assert result["ratio"]["test_accuracy"] is None and result["ratio"]["saved_bytes"] == 1
 
 

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from spectriton._check import fail
-from spectriton.nn.compressed._bits import bits_for, pack, unpack
+from spectriton.nn.compressed._bits import bits_for, clear, pack, unpack
 from spectriton.nn.compressed._recipes import Recipe, keep, kept, without_autocast
 
 aten = torch.ops.aten
@@ -248,13 +248,13 @@ class Rectifier:
 
     def rebuild(self, x: Tensor, own: tuple[Tensor, ...], *, channels_last: bool) -> Tensor:
         """Step of a recipe: the result from decoded maps, which are written over, and the exact bits."""
+        if not self.slope and self.limit == float("inf"):
+            return _cleared(x.clamp_(min=0), own[0], channels_last)
         outside = _as_mask(own[0], x.shape, channels_last)
         if self.limit != float("inf"):
             ends = torch.where(x > self.limit / 2, self.limit, 0.0).to(x.dtype)
             return torch.where(outside, ends, x.clamp_(0, self.limit))
-        if self.slope:
-            return torch.where(outside, (x * self.slope).clamp_(max=0), x.clamp_(min=0))
-        return x.clamp_(min=0).masked_fill_(outside, 0)
+        return torch.where(outside, (x * self.slope).clamp_(max=0), x.clamp_(min=0))
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
@@ -274,6 +274,14 @@ def _as_mask(packed: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
     return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
+def _cleared(x: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
+    """``x`` ``(B, C, H, W)`` with zeros where the bits of :meth:`Rectifier.outside` say so; ``x`` is written over if its
+    memory format is that of the bits."""
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    clear((x.permute(0, 2, 3, 1) if channels_last else x).view(-1), packed)
+    return x
+
+
 class Rectify(Function):
     """A :class:`Rectifier`, of which only the bits are kept."""
 
@@ -289,10 +297,11 @@ class Rectify(Function):
     @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (packed,) = ctx.saved_tensors
-        outside = _as_mask(packed, grad.shape, ctx.channels_last)
         slope = ctx.rectifier.slope
-        grad_x = torch.where(outside, grad * slope, grad) if slope else grad.masked_fill(outside, 0)
-        return grad_x, None, None, None
+        if slope:
+            outside = _as_mask(packed, grad.shape, ctx.channels_last)
+            return torch.where(outside, grad * slope, grad), None, None, None
+        return _cleared(grad.clone(), packed, ctx.channels_last), None, None, None
 
 
 class Activate(Function):
@@ -481,5 +490,6 @@ def drop_again(x: Tensor, own: tuple[Tensor, ...], *, p: float) -> Tensor:
         own: the packed bits.
         p: the probability.
     """
-    dropped = unpack(own[0], 1, x.numel()).view(torch.bool).view(x.shape)
-    return x.mul_(x.new_ones(()).div_(1 - p)).masked_fill_(dropped, 0)
+    x = x.mul_(x.new_ones(()).div_(1 - p)).contiguous()
+    clear(x.view(-1), own[0])
+    return x
