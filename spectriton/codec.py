@@ -14,9 +14,10 @@ from torch import Tensor
 
 from spectriton import reference
 from spectriton._backend import workspace_bytes
-from spectriton._check import check_choice, check_real_maps, fail
+from spectriton._check import check_choice, check_real_maps, check_threshold, fail
+from spectriton.reference import block_codec
 
-__all__ = ["CastCodec", "Codec", "Encoded", "QuantiseCodec"]
+__all__ = ["BlockCodec", "CastCodec", "Codec", "Encoded", "QuantiseCodec"]
 
 
 class Encoded:
@@ -220,6 +221,69 @@ class QuantiseCodec(Codec):
             values = codes.mul_(scales[first:last, 1:]).add_(scales[first:last, :1]).view(-1)
             target = flat[first * self.group : last * self.group]
             _cast(target, values[: target.numel()])
+
+
+@dataclass(frozen=True)
+class BlockCodec(Codec):
+    """Blocks of 4 to 8 positions an edge, transformed over channels and positions, with bits where the energy is.
+
+    Channels are rotated into the principal components of their group (of at most ``mix``), blocks of each component go
+    through an orthonormal DCT-II, and each (component, frequency) gets bits by its variance (reverse water-filling).
+    Statistics come from the maps themselves and are stored along. The size is ``density * bits`` bits per value, all
+    included, and known in advance; see :mod:`spectriton.reference.block_codec` for what is stored.
+
+    Values are taken relative to the deviation of their channel. What lies far beyond the scale of its row saturates. A
+    value that is not finite turns its whole group of channels to NaN.
+
+    Args:
+        density, bits: their product is the budget in bits per value, from above 0 to 8.
+        mix: channels in a group; 1 leaves channels alone.
+        rounding: ``"nearest"``, or ``"stochastic"``: without bias in what has bits, but with more error.
+        workspace: bound on temporaries in bytes; the ops' default where left out.
+    """
+
+    density: float = 0.25
+    bits: float = 4
+    mix: int = 64
+    rounding: str = "nearest"
+    workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        density = check_threshold("BlockCodec", self.density, "density")
+        bits = check_threshold("BlockCodec", self.bits, "bits")
+        if not 0 < density <= 1:
+            fail("BlockCodec", "density", density, "a fraction above 0, at most 1", "pass 0.25")
+        if not 0 < bits * density <= 8:
+            fail("BlockCodec", "bits", bits, "a positive number, at most 8 / density", "pass 4")
+        if not isinstance(self.mix, int) or self.mix < 1:
+            fail("BlockCodec", "mix", self.mix, "a positive number of channels", "pass 64, or 1 to leave them alone")
+        check_choice("BlockCodec", "rounding", self.rounding, reference.ROUNDINGS)
+
+    def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
+        if x.numel() == 0:
+            return (x.new_empty(0, dtype=torch.uint8),)
+        layout = block_codec.block_layout(tuple(x.shape), self.density * self.bits, self.mix)
+        workspace = workspace_bytes(self.workspace, x.device)
+        stored = block_codec.fit(x, layout, workspace)
+        plan = block_codec.make_plan(stored, layout)
+        bits = block_codec.field_bits(plan, layout.record)
+        number = _seed(seed, stored[0]) if self.rounding == "stochastic" else None
+        records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8, device=x.device)
+        for part in block_codec.regions(layout, workspace):
+            maps = block_codec.maps_of(x, layout, part)
+            records[part.n0 : part.n1] = block_codec.encode_blocks(maps, layout, plan, bits, part.n0, number)
+        return (records, *stored)
+
+    def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+        if out.numel() == 0:
+            return
+        layout = block_codec.block_layout(tuple(out.shape), self.density * self.bits, self.mix)
+        records, scales, basis, spectrum = tensors
+        plan = block_codec.make_plan((scales, basis, spectrum), layout)
+        for part in block_codec.regions(layout, workspace_bytes(self.workspace, out.device)):
+            target = block_codec.maps_of(out, layout, part)
+            size = target.shape[2], target.shape[3]
+            _cast(target, block_codec.decode_blocks(records[part.n0 : part.n1], layout, plan, target.shape[0], size))
 
 
 def _chunks(
