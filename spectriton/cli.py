@@ -158,7 +158,7 @@ def build_app() -> Any:
     Method: TypeAlias = Annotated[
         str,
         typer.Option(
-            help="What the network is compared with: spectral (its spectral twin) or compress (itself, with feature maps "
+            help="What the network is compared with: spectral (its spectral twin) or compress (itself, with maps "
             "compressed between forward and backward).",
             rich_help_panel=data_panel,
         ),
@@ -167,7 +167,7 @@ def build_app() -> Any:
         float, typer.Option(help="compress: fraction of coefficients kept.", rich_help_panel=data_panel)
     ]
     Bits: TypeAlias = Annotated[
-        int, typer.Option(help="compress: bits of a kept coefficient.", rich_help_panel=data_panel)
+        float, typer.Option(help="compress: bits of a kept coefficient.", rich_help_panel=data_panel)
     ]
     Transform: TypeAlias = Annotated[str, typer.Option(help="compress: dct, fft or none.", rich_help_panel=data_panel)]
     Paper: TypeAlias = Annotated[

@@ -1,6 +1,8 @@
 """The main job: train a network and its spectral twin alike, and report what the spectrum costs and saves.
 
-With ``method="compress"`` the second network is the first one, trained with compressed maps (:mod:`spectriton.compression`).
+With ``method="compress"`` the second network is the first one over again, with compressed maps
+(:mod:`spectriton.compression`).
+
 Both twins are built from the same seed (so that weights that both have start out the same), see the same images in the
 same order, and are measured one after the other: the first is gone from memory before the second is built.
 """
@@ -19,7 +21,7 @@ import torch
 from torch import nn
 
 from spectriton import _check, compression, environment, memory, models, report
-from spectriton.codec import Codec, make_codec
+from spectriton import codec as codecs
 from spectriton.data import load
 from spectriton.images import Images
 from spectriton.packed import VALUE_DTYPES
@@ -35,7 +37,6 @@ from spectriton.train import (
     training_batch,
     training_step,
 )
-
 
 #: What the second network is called, by the way it saves memory.
 METHODS = {"spectral": "spectral", "compress": "compressed"}
@@ -77,12 +78,13 @@ class CompareConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     method: str = "spectral"
     density: float = 0.25
-    bits: int = 4
+    bits: float = 4
     transform: str = "dct"
 
     def __post_init__(self) -> None:
         _check.check_choice("CompareConfig", "method", self.method, METHODS)
-        self.codec()
+        if self.method == "compress":
+            self.codec()
         _check.check_threshold("CompareConfig", self.threshold)
         if self.value_dtype is not None:
             _check.check_choice("CompareConfig", "value_dtype", self.value_dtype, VALUE_DTYPES)
@@ -121,9 +123,9 @@ class CompareConfig:
         """Variant that is compared with the spatial network."""
         return METHODS[self.method]
 
-    def codec(self) -> Codec:
+    def codec(self) -> codecs.Codec:
         """What encodes the maps of the compressed network."""
-        return make_codec(self.transform, density=self.density, bits=self.bits)
+        return codecs.make_codec(self.transform, density=self.density, bits=self.bits)
 
     @property
     def stored_dtype(self) -> str:

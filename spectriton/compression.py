@@ -54,7 +54,7 @@ _ORIGINAL = {new: old for old, new in _COMPRESSED.items()}
 def compress(
     model: Model,
     density: float = 0.25,
-    bits: int = 4,
+    bits: float = 4,
     *,
     transform: str = "dct",
     rounding: str | None = None,

@@ -173,6 +173,39 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
     _finish(figure, "Memory", report, path)
 
 
+def draw_gradients(gradients: Mapping[str, Any], path: Path, title: str = "Gradients from compressed maps") -> None:
+    """Cosine and norm ratio of every weight's gradient against the exact one, from the first layer to the last.
+
+    Args:
+        gradients: as :meth:`spectriton.compression.GradientReport.to_dict` gives it.
+        path: PNG to write.
+        title: of the figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    rows = [*gradients["layers"], {**gradients["total"], "name": "all parameters"}]
+    figure = _figure(9.0, max(3.0, 1.4 + 0.17 * len(rows)))
+    places = range(len(rows))
+    panels = figure.subplots(1, 2, sharey=True)
+    colours = (_STYLE["spatial"]["color"], _STYLE["spectral"]["color"])
+    panels[0].barh(places, [row["cosine"] for row in rows], color=colours[0], height=0.7)
+    panels[0].plot([row["worst_cosine"] for row in rows], places, "k|", markersize=6, label="worst batch")
+    panels[0].set_title("cosine", loc="left", fontsize=10)
+    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+    panels[1].barh(places, [row["norm_ratio"] for row in rows], color=colours[1], height=0.7)
+    panels[1].set_title("norm over exact norm", loc="left", fontsize=10)
+    panels[0].set_yticks(places, [row["name"] for row in rows], fontsize=7)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    for axes in panels:
+        axes.axvline(1, color="black", linewidth=0.8)
+        _tidy(axes, "x")
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.supxlabel(f"{gradients['codec']}; {gradients['batches']} batches", fontsize=7, color=_GREY)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def draw_thresholds(result: Mapping[str, Any], path: Path) -> None:
     """Fig. 1 of the paper: memory relative to the spatial network, and error rate, against the threshold.
 

@@ -108,7 +108,7 @@ def conditions(report: Mapping[str, Any]) -> str:
     if "threshold" in config:
         kept = f"threshold {config['threshold']:g}, {kept}"
     if config.get("method") == "compress":
-        kept = f"maps compressed: {config['transform']}, density {config['density']:g}, {config['bits']} bits"
+        kept = f"maps compressed: {config['transform']}, density {config['density']:g}, {config['bits']:g} bits"
     seeds = config.get("seeds")
     parts = [
         f"{networks(config)} on {config['data']}",
@@ -161,7 +161,7 @@ def _cell(key: str, report: Mapping[str, Any], variant: str) -> str:
 
 
 def rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The final table as text, its header first: what, each network, and the other against the spatial one where both are."""
+    """The final table as text, its header first: what, each network, and, where both are, the one over the other."""
     variants = variants_of(report)
     both = len(variants) == 2
     table: list[tuple[str, ...]] = [("", *variants, *([f"{variants[1]} / spatial"] if both else []))]

@@ -275,8 +275,10 @@ def _as_mask(packed: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
 
 
 def _cleared(x: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
-    """``x`` ``(B, C, H, W)`` with zeros where the bits of :meth:`Rectifier.outside` say so; ``x`` is written over if its
-    memory format is that of the bits."""
+    """``x`` ``(B, C, H, W)`` with zeros where the bits of :meth:`Rectifier.outside` say so.
+
+    ``x`` is written over where it stands in memory in the order of the bits.
+    """
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     clear((x.permute(0, 2, 3, 1) if channels_last else x).view(-1), packed)
     return x
