@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,12 @@ from torch import Tensor
 from spectriton import reference
 from spectriton._backend import workspace_bytes
 from spectriton._check import check_choice, check_real_maps, check_threshold, fail
+from spectriton.ops import to_spatial, to_spectral
+from spectriton.ops._arguments import check_rounding, check_rule, check_seed, check_workspace
+from spectriton.packed import PackedSpectrum, make_edge
 from spectriton.reference import block_codec
 
-__all__ = ["BlockCodec", "CastCodec", "Codec", "Encoded", "QuantiseCodec"]
+__all__ = ["BlockCodec", "CastCodec", "Codec", "Encoded", "QuantiseCodec", "SpectrumCodec", "make_codec"]
 
 
 class Encoded:
@@ -95,20 +99,15 @@ class Codec:
         Args:
             x: ``(B, C, H, W)`` real floating-point, any strides. Values that are not finite stay visible: what shares
                 a scale with them decodes to NaN.
-            seed: of stochastic rounding, an int or a 0-dimensional int64 tensor. By default it is made from the data,
-                so that the same maps are always stored the same way.
+            seed: of stochastic rounding, an int or an int64 tensor without dimensions. By default it is made from the
+                data, so that the same maps are always stored the same way.
 
         Raises:
             TypeError, ValueError: ``x`` is not four-dimensional and real, or the seed is not a whole number.
         """
         name = f"{type(self).__name__}.encode"
         check_real_maps(name, "x", x)
-        if isinstance(seed, bool) or not (
-            seed is None
-            or isinstance(seed, int)
-            or (isinstance(seed, Tensor) and seed.dim() == 0 and seed.dtype == torch.int64)
-        ):
-            fail(name, "seed", seed, "a whole number, or an int64 tensor of no dimensions", "pass 0", TypeError)
+        check_seed(name, seed)
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         x = x.detach()
         return Encoded(self, self._encode(x, seed), x.shape, x.dtype, channels_last)
@@ -140,10 +139,10 @@ class CastCodec(Codec):
 
     def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
         out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
-        if self.rounding == "nearest" or torch.promote_types(x.dtype, self.dtype) == self.dtype:
+        number = check_rounding("CastCodec.encode", self.rounding, seed, x)
+        if number is None or torch.promote_types(x.dtype, self.dtype) == self.dtype:
             _cast(out, x)
             return (out,)
-        number = _seed(seed, x[:1])
         for first, last in _chunks(x.shape[0], 8 * x[:1].numel() * x.element_size(), x.device):
             values = x[first:last]
             noise = _noise(number, first * x[0].numel(), values.numel()).view(values.shape)
@@ -179,6 +178,7 @@ class QuantiseCodec(Codec):
         if not isinstance(self.group, int) or self.group < 8 or self.group % 8:
             fail("QuantiseCodec", "group", self.group, "a positive multiple of 8", "pass 256")
         check_choice("QuantiseCodec", "rounding", self.rounding, reference.ROUNDINGS)
+        check_workspace("QuantiseCodec", self.workspace)
 
     def _groups(self, count: int, device: torch.device) -> Iterator[tuple[int, int]]:
         """Ranges of groups whose temporaries (about six arrays of four bytes a value) fit the workspace."""
@@ -223,6 +223,51 @@ class QuantiseCodec(Codec):
             _cast(target, values[: target.numel()])
 
 
+#: Value formats of packed spectra by their bits.
+_SPECTRUM_VALUES = {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}
+
+
+@dataclass(frozen=True)
+class SpectrumCodec(Codec):
+    """The largest Fourier coefficients of whole maps, as a packed spectrum.
+
+    Costs ``density * bits`` bits per value, half a bit for the pattern, and the scales of integer values.
+
+    Args:
+        density: fraction of the coefficients to keep, the largest of all maps.
+        bits: of a real or imaginary part: 4 or 8 (integers), 16 (bfloat16) or 32.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        workspace: bound on temporaries in bytes; the ops' default where left out.
+    """
+
+    density: float = 0.25
+    bits: int = 4
+    rounding: str = "nearest"
+    workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        check_rule("SpectrumCodec", None, self.density)
+        check_choice("SpectrumCodec", "bits", self.bits, _SPECTRUM_VALUES)
+        check_choice("SpectrumCodec", "rounding", self.rounding, reference.ROUNDINGS)
+        check_workspace("SpectrumCodec", self.workspace)
+
+    def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
+        packed = to_spectral(
+            x,
+            density=self.density,
+            value_dtype=_SPECTRUM_VALUES[self.bits],
+            rounding=self.rounding,
+            seed=seed,
+            workspace=self.workspace,
+        )
+        return packed.values, packed.scales, packed.bitmap, packed.offsets
+
+    def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+        edge = make_edge(tensors[0].shape[0], torch.float32, out.device)
+        packed = PackedSpectrum.of((edge, *tensors), out.shape, _SPECTRUM_VALUES[self.bits])
+        _cast(out, to_spatial(packed, workspace=self.workspace))
+
+
 @dataclass(frozen=True)
 class BlockCodec(Codec):
     """Blocks of 4 to 8 positions an edge, transformed over channels and positions, with bits where the energy is.
@@ -258,6 +303,7 @@ class BlockCodec(Codec):
         if not isinstance(self.mix, int) or self.mix < 1:
             fail("BlockCodec", "mix", self.mix, "a positive number of channels", "pass 64, or 1 to leave them alone")
         check_choice("BlockCodec", "rounding", self.rounding, reference.ROUNDINGS)
+        check_workspace("BlockCodec", self.workspace)
 
     def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
         if x.numel() == 0:
@@ -284,6 +330,56 @@ class BlockCodec(Codec):
             target = block_codec.maps_of(out, layout, part)
             size = target.shape[2], target.shape[3]
             _cast(target, block_codec.decode_blocks(records[part.n0 : part.n1], layout, plan, target.shape[0], size))
+
+
+def make_codec(
+    transform: str = "dct",
+    *,
+    density: float | None = None,
+    bits: float | None = None,
+    rounding: str | None = None,
+    workspace: int | None = None,
+) -> Codec:
+    """A codec by its transform.
+
+    ======== ====================== ==================================================== =============================
+    transform codec                 bits per value                                       defaults
+    ======== ====================== ==================================================== =============================
+    dct      :class:`BlockCodec`    ``density * bits``, all included                     0.25, 4, nearest
+    fft      :class:`SpectrumCodec` ``density * bits`` + 0.5 and scales                  0.25, 4, nearest
+    none     :class:`QuantiseCodec` ``bits`` + 0.25; all values are kept                 2, stochastic
+    cast     :class:`CastCodec`     ``bits`` (16 is bfloat16)                            16, nearest
+    ======== ====================== ==================================================== =============================
+
+    Args:
+        transform: ``"dct"``, ``"fft"``, ``"none"`` or ``"cast"``.
+        density: fraction of the values that the budget provides for; without a transform it can only be 1.
+        bits: of a value that is kept.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        workspace: bound on temporaries in bytes; the ops' default where left out.
+
+    Raises:
+        TypeError, ValueError: no such transform, or a setting that it does not have.
+    """
+    check_choice("make_codec", "transform", transform, _CODECS)
+    given: dict[str, Any] = {"density": density, "bits": bits, "rounding": rounding, "workspace": workspace}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if transform in ("none", "cast") and settings.pop("density", 1) != 1:
+        fail("make_codec", "density", density, f"1 for transform={transform!r}", "leave it out, or choose a transform")
+    if transform == "cast":
+        settings.pop("workspace", None)
+        formats = {16: torch.bfloat16, 32: torch.float32}
+        settings["dtype"] = formats[check_choice("make_codec", "bits", settings.pop("bits", 16), formats)]
+    return _CODECS[transform](**settings)
+
+
+#: The codecs by the names of their transforms.
+_CODECS: dict[str, type[Codec]] = {
+    "dct": BlockCodec,
+    "fft": SpectrumCodec,
+    "none": QuantiseCodec,
+    "cast": CastCodec,
+}
 
 
 def _chunks(
