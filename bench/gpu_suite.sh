@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go: tests with the Triton kernels on the device, kernels built ahead of time,
-# compute-sanitizer, benchmarks, memory of the LeNet twins. On a machine without a GPU it runs, too: the reference,
+# compute-sanitizer, benchmarks, memory of a LeNet step. On a machine without a GPU it runs, too: the reference,
 # and a few kernels in the interpreter.
 #
 #   bench/gpu_suite.sh [--quick] [FOLDER]
@@ -170,7 +170,7 @@ note build $code $((SECONDS - build_start)) "$(grep -c '"example"' "$out/build.j
 rm -f "$out/build.err"
 
 # The LeNet table first: it is short. Benchmarks stop by themselves in time for the report.
-step memory $((quick ? 20 : 40)) "$python" -m bench.lenet_memory --json "$out/memory.json"
+step memory $((quick ? 20 : 40)) "$python" -m bench.step_memory --json "$out/memory.json"
 room=$(($(left) - (quick ? 15 : 40)))
 if ((room < 10)); then room=10; fi
 export BENCH_SECONDS=${BENCH_SECONDS:-$room}
