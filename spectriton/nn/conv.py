@@ -15,8 +15,8 @@ class SpectralConv2d(nn.Module):
     """``nn.Conv2d(padding="same")`` computed on spectra; same parameters, same ``state_dict``.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, groups, bias, dilation: as for ``nn.Conv2d``. The output is that of
-            ``padding="same"``, taken at every ``stride``-th position.
+        in_channels, out_channels, kernel_size, stride, groups, bias, dilation: as for ``nn.Conv2d``. The output is
+            that of ``padding="same"``, taken at every ``stride``-th position.
         padding_mode: ``"circular"`` (the default: no padding is needed at all) or ``"zeros"``.
         workspace: bound on the kernel spectrum held at a time, in bytes.
 

@@ -80,7 +80,8 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 @define_op(
-    "(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] dilation, str padding_mode, int groups, int workspace) -> Tensor"
+    "(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] dilation, str padding_mode, int groups, "
+    "int workspace) -> Tensor"
 )
 def _spectral_conv2d(
     x: Tensor,
@@ -123,8 +124,8 @@ def _(
 
 
 @define_op(
-    "(Tensor grad, Tensor x, Tensor weight, SymInt[] stride, SymInt[] dilation, str padding_mode, int groups, int workspace, "
-    "bool need_input) -> (Tensor, Tensor)"
+    "(Tensor grad, Tensor x, Tensor weight, SymInt[] stride, SymInt[] dilation, str padding_mode, int groups, "
+    "int workspace, bool need_input) -> (Tensor, Tensor)"
 )
 def _spectral_conv2d_backward(
     grad: Tensor,
@@ -212,7 +213,8 @@ def spectral_conv2d(
     """Convolution of maps through the Fourier domain; ``nn.Conv2d(padding="same")`` by another road.
 
     Equals ``nn.Conv2d(padding="same", padding_mode=padding_mode)``, its output taken at every ``stride``-th position;
-    for odd kernels that is ``nn.Conv2d(padding=dilation * (k // 2), stride=stride)``. Backward keeps ``x`` and ``weight`` only.
+    for odd kernels that is ``nn.Conv2d(padding=dilation * (k // 2), stride=stride)``. Backward
+    keeps ``x`` and ``weight`` only.
 
     Args:
         x: ``(B, I, H, W)`` real maps.
