@@ -163,13 +163,15 @@ def build_app() -> Any:
             rich_help_panel=data_panel,
         ),
     ]
+    Transform: TypeAlias = Annotated[
+        str, typer.Option(help="compress: dct, fft, none or cast.", rich_help_panel=data_panel)
+    ]
     Density: TypeAlias = Annotated[
-        float, typer.Option(help="compress: fraction of coefficients kept.", rich_help_panel=data_panel)
+        float | None, typer.Option(help="compress: fraction of values kept; default: 0.25.", rich_help_panel=data_panel)
     ]
     Bits: TypeAlias = Annotated[
-        float, typer.Option(help="compress: bits of a kept coefficient.", rich_help_panel=data_panel)
+        float | None, typer.Option(help="compress: bits of a kept value; default: 4.", rich_help_panel=data_panel)
     ]
-    Transform: TypeAlias = Annotated[str, typer.Option(help="compress: dct, fft or none.", rich_help_panel=data_panel)]
     Paper: TypeAlias = Annotated[
         bool,
         typer.Option("--paper", help="Keep to the paper, not the best known settings.", rich_help_panel=data_panel),
@@ -237,9 +239,9 @@ def build_app() -> Any:
         value_dtype: ValueDtype = None,
         paper: Paper = False,
         method: Method = "spectral",
-        density: Density = 0.25,
-        bits: Bits = 4,
         transform: Transform = "dct",
+        density: Density = None,
+        bits: Bits = None,
         width: Width = 1.0,
         image_size: ImageSize = None,
         data_dir: DataDir = None,

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from spectriton import _check, compression, environment, memory, models, report
-from spectriton import codec as codecs
+from spectriton.codec import Codec, make_codec
 from spectriton.data import load
 from spectriton.images import Images
 from spectriton.packed import VALUE_DTYPES
@@ -56,7 +56,8 @@ class CompareConfig:
         width: multiplies the network's numbers of channels.
         image_size: edge in pixels that the network is given; the data's own where ``None``.
         method: ``"spectral"``, or ``"compress"`` for the original with compressed maps; then
-        density, bits, transform: are as for :func:`spectriton.compress`, and the three settings above play no part.
+        transform, density, bits: are as for :func:`spectriton.compress`, and threshold, value_dtype and paper play no
+            part.
         train_limit, test_limit: use only the first so many images.
         data_dir: where the data's files are; it is not part of reports.
         train: the recipe.
@@ -77,9 +78,9 @@ class CompareConfig:
     data_dir: str | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     method: str = "spectral"
-    density: float = 0.25
-    bits: float = 4
     transform: str = "dct"
+    density: float | None = None
+    bits: float | None = None
 
     def __post_init__(self) -> None:
         _check.check_choice("CompareConfig", "method", self.method, METHODS)
@@ -113,9 +114,10 @@ class CompareConfig:
         del settings["data_dir"]
         recipe = settings.pop("train")
         settings["value_dtype"] = self.stored_dtype
-        if self.method == "spectral":
-            for name in ("density", "bits", "transform"):
-                del settings[name]
+        for name in ("transform", "density", "bits"):
+            del settings[name]
+        if self.method == "compress":
+            settings["codec"] = repr(self.codec())
         return {**settings, **recipe, "device": self.train.resolve_device().type}
 
     @property
@@ -123,9 +125,11 @@ class CompareConfig:
         """Variant that is compared with the spatial network."""
         return METHODS[self.method]
 
-    def codec(self) -> codecs.Codec:
+    def codec(self) -> Codec:
         """What encodes the maps of the compressed network."""
-        return codecs.make_codec(self.transform, density=self.density, bits=self.bits)
+        # The command line gives 4.0, and some codecs take whole numbers only.
+        whole = self.bits is not None and float(self.bits).is_integer()
+        return make_codec(self.transform, density=self.density, bits=int(self.bits or 0) if whole else self.bits)
 
     @property
     def stored_dtype(self) -> str:

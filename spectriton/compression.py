@@ -32,9 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectriton import codec as codecs
 from spectriton._check import fail
-from spectriton.codec import Codec
+from spectriton.codec import Codec, make_codec
 from spectriton.models._describe import NormConv2d
 from spectriton.nn.compressed import COMPRESSED, CompressedConv2d
 
@@ -53,8 +52,8 @@ _ORIGINAL = {new: old for old, new in _COMPRESSED.items()}
 
 def compress(
     model: Model,
-    density: float = 0.25,
-    bits: float = 4,
+    density: float | None = None,
+    bits: float | None = None,
     *,
     transform: str = "dct",
     rounding: str | None = None,
@@ -67,10 +66,10 @@ def compress(
 
     Args:
         model: any module.
-        density: fraction of the coefficients that are kept.
-        bits: of a kept coefficient.
-        transform: ``"dct"`` (of blocks), ``"fft"`` (of whole maps) or ``"none"``.
-        rounding: of kept coefficients; the codec's default where left out.
+        density: fraction of the values that the budget provides for; 0.25 with a transform where left out.
+        bits: of a kept value; 4 with a transform where left out, 2 without.
+        transform, rounding: as for :func:`spectriton.codec.make_codec`: ``"dct"`` of blocks, ``"fft"`` of whole maps,
+            ``"none"``, ``"cast"``; the transform's own rounding where left out.
         codec: a codec of :mod:`spectriton.codec` instead of all these settings.
 
     Returns:
@@ -81,8 +80,7 @@ def compress(
     """
     _check_model("compress", model)
     if codec is None:
-        options = {} if rounding is None else {"rounding": rounding}
-        codec = codecs.make_codec(transform, density=density, bits=bits, **options)
+        codec = make_codec(transform, density=density, bits=bits, rounding=rounding)
     elif not isinstance(codec, Codec):
         fail("compress", "codec", codec, "a codec of spectriton.codec, or None", "leave it out", TypeError)
     chosen = [module for module in model.modules() if type(module) in _COMPRESSED or type(module) in _ORIGINAL]

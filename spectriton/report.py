@@ -108,7 +108,7 @@ def conditions(report: Mapping[str, Any]) -> str:
     if "threshold" in config:
         kept = f"threshold {config['threshold']:g}, {kept}"
     if config.get("method") == "compress":
-        kept = f"maps compressed: {config['transform']}, density {config['density']:g}, {config['bits']:g} bits"
+        kept = f"maps compressed by {config['codec']}"
     seeds = config.get("seeds")
     parts = [
         f"{networks(config)} on {config['data']}",

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spectriton
 from spectriton import memory
-from spectriton.codec import CastCodec, Codec, QuantiseCodec
+from spectriton.codec import CastCodec, Codec, QuantiseCodec, make_codec
 from spectriton.compression import describe, gradient_report
 from spectriton.nn import compressed
 from spectriton.nn.compressed import _bits as bits
@@ -577,6 +577,15 @@ def test_compress_changes_classes_and_nothing_else():
     assert [type(module) for module in network.modules()] == types
     assert [set(vars(module)) for module in network.modules()] == dictionaries
     spectriton.decompress(network)
+
+
+def test_settings():
+    network = spectriton.compress(vgg(True), density=0.5, bits=3)
+    assert network[0].codec == make_codec("dct", density=0.5, bits=3)
+    assert spectriton.compress(network)[0].codec == make_codec("dct")
+    assert spectriton.compress(network, bits=8, transform="none", rounding="nearest")[0].codec == QuantiseCodec(
+        8, rounding="nearest"
+    )
 
 
 def test_subclasses_are_left_alone_and_named():
