@@ -747,3 +747,38 @@ def test_gradient_report_by_hand():
     assert rows["1.weight"].norm_ratio == pytest.approx(0.5) and rows["1.weight"].cosine == pytest.approx(1)
     assert rows["1.weight"].relative_error == pytest.approx(0.5) == rows["1.weight"].bias
     assert rows["0.weight"].relative_error == pytest.approx(0, abs=1e-12)
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_on_a_gpu(name: str, channels_last: bool):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    original, ours = (network.cuda().to(memory_format=layout) for network in pair(name))
+    x = images().cuda().to(memory_format=layout)
+
+    def on_cpu(network: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: network(x).cpu()
+
+    expected, found = Step(original, x, on_cpu(original)), Step(ours, x, on_cpu(ours))
+    torch.testing.assert_close(found.output, expected.output)
+    found.assert_close_gradients(expected, 1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_of_a_gpu_drops():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1), BasicBlock(64, 64), BasicBlock(64, 64), *head(64)).cuda()
+    x, labels = torch.randn(32, 3, 64, 64).cuda(), torch.zeros(32, dtype=torch.long).cuda()
+    peaks = []
+    for model in (network, spectriton.compress(copy.deepcopy(network), codec=COARSE)):
+        for _ in range(2):
+            with memory.track("cuda", model=model) as usage:
+                functional.cross_entropy(model(x), labels).backward()
+        peaks.append(usage.peak_beyond_state_bytes)
+    assert peaks[1] < 0.7 * peaks[0]

@@ -308,7 +308,8 @@ def test_a_network_with_compressed_maps(tmp_path: Path) -> None:
     """It is the original, so it starts with the same numbers, and it goes on where it was cut short."""
     config = CompareConfig(
         method="compress",
-        density=0.5,
+        transform="none",
+        bits=4,
         train_limit=64,
         test_limit=16,
         train=TrainConfig(epochs=2, batch_size=32, device="cpu", lr=0.01),
@@ -319,16 +320,16 @@ def test_a_network_with_compressed_maps(tmp_path: Path) -> None:
     spatial, compressed = result["spatial"], result["compressed"]
     assert compressed["parameter_bytes"] == spatial["parameter_bytes"]
     assert result["ratio"]["saved_bytes"] == compressed["saved_bytes"] / spatial["saved_bytes"] < 0.7
-    assert "density=0.5" in result["config"]["codec"] and result["config"]["method"] == "compress"
+    assert "QuantiseCodec(bits=4" in result["config"]["codec"] and result["config"]["method"] == "compress"
     assert (tmp_path / "whole" / "memory.png").exists()
     with pytest.raises(Killed):
         sc.train_variant(config, "compressed", tmp_path / "cut", data=data, progress=Watch(("compressed", 1)))
     assert lasting(sc.train_variant(config, "compressed", tmp_path / "cut", data=data)) == lasting(compressed)
-    with pytest.raises(ValueError, match=r"compressed\.pt.*density=0\.5.*density=0\.25"):
-        sc.train_variant(dataclasses.replace(config, density=0.25), "compressed", tmp_path / "cut", data=data)
+    with pytest.raises(ValueError, match=r"compressed\.pt.*bits=4.*bits=2"):
+        sc.train_variant(dataclasses.replace(config, bits=2), "compressed", tmp_path / "cut", data=data)
     stream = io.StringIO()
     report.print_report(result, stream)
-    assert "compressed / spatial" in stream.getvalue() and "maps compressed by BlockCodec" in stream.getvalue()
+    assert "compressed / spatial" in stream.getvalue() and "maps compressed by QuantiseCodec" in stream.getvalue()
     merged = report.merge([result, result])
     assert merged["compressed"] == compressed and merged["ratio"] == result["ratio"]
 
