@@ -15,7 +15,8 @@ copy and from one bit a value where a sign decides. Results of the network are t
 gradients are those of the decoded maps, and :func:`gradient_report` says how close they come.
 
 What is replaced depends on the exact type of a module: subclasses have a forward of their own, and stay. So does what a
-network does by functions instead of modules (``torch.nn.functional.relu``). :func:`describe` lists both kinds.
+network does by functions instead of modules (``torch.nn.functional.relu``). :func:`describe` lists which modules are
+compressed and which are not.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def activations() -> nn.Sequential:
         nn.ELU(0.7, inplace=True),
         nn.ReLU6(inplace=True),
         nn.LeakyReLU(0.1, inplace=True),
-        nn.LeakyReLU(0.2),
+        nn.LeakyReLU(-0.2),
         nn.ReLU(),
         nn.Dropout(0.3),
         nn.Dropout(0.3, inplace=True),

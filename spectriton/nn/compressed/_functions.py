@@ -254,7 +254,7 @@ class Rectifier:
         if self.limit != float("inf"):
             ends = torch.where(x > self.limit / 2, self.limit, 0.0).to(x.dtype)
             return torch.where(outside, ends, x.clamp_(0, self.limit))
-        return torch.where(outside, (x * self.slope).clamp_(max=0), x.clamp_(min=0))
+        return torch.where(outside, x.clamp(max=0) * self.slope, x.clamp_(min=0))
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
