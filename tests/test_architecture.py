@@ -21,6 +21,7 @@ LAYER_OF = {
     "packed": "base",
     "reference": "reference",
     "_backend": "backend",
+    "tuning": "backend",
     "ops": "ops",
     "nn": "nn",
     "models": "models",

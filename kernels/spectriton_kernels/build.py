@@ -172,7 +172,7 @@ def build_all(chosen: Sequence[Example], target_names: Sequence[str]) -> list[Bu
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = []
         for example in chosen:
-            launch = example.plan()
+            launch = example.plan(None)
             for target_name in target_names:
                 source, options = specialise(launch, TARGETS[target_name])
                 compiled = triton.compile(source, target=TARGETS[target_name], options=options)

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import ceil_div, row_block, stream_block, stream_warps
 from ._launch import Launch
+from .configs import COMPLEX_PRODUCT, COMPLEX_PRODUCT_BROADCAST, Stream, ceil_div
 
 ROW_DIMS = 4  # dimensions a row number is decomposed into, the column dimension comes on top
 
@@ -190,8 +190,10 @@ def _mode(stride: int) -> str:
     return {0: "broadcast", 1: "contiguous"}.get(stride, "strided")
 
 
-def plan_complex_product(x: torch.Tensor, w: torch.Tensor, conj_w: bool = False) -> tuple[Launch, torch.Tensor]:
-    """The launch behind `complex_product` and the tensor it fills."""
+def plan_complex_product(
+    x: torch.Tensor, w: torch.Tensor, conj_w: bool = False, config: Stream | None = None
+) -> tuple[Launch, torch.Tensor]:
+    """The launch behind `complex_product`, by default in the configuration chosen for it, and the tensor it fills."""
     assert x.is_complex() and x.dtype == w.dtype, "operands must be complex and of one dtype"
     x, conj_x = _physical(x)
     w, lazily_conj_w = _physical(w)
@@ -208,9 +210,11 @@ def plan_complex_product(x: torch.Tensor, w: torch.Tensor, conj_w: bool = False)
     x_real, w_real, out_real = torch.view_as_real(x), torch.view_as_real(w), torch.view_as_real(out)
 
     if not sizes or (len(sizes) == 1 and x_strides == w_strides == [1]):
-        block = stream_block(out_real.dtype)
-        meta = {**flags, "BLOCK": block, "num_warps": stream_warps(out_real.dtype)}
         length = out_real.numel()
+        if config is None:
+            config = COMPLEX_PRODUCT.choose(out.device, (out_real.dtype,), (length,))
+        block = config.block_bytes // out_real.element_size()
+        meta = {**flags, "BLOCK": block, "num_warps": config.num_warps}
         return Launch(complex_product_kernel, (ceil_div(length, block),), (x_real, w_real, out_real, length), meta), out
 
     padding = ROW_DIMS + 1 - len(sizes)
@@ -218,7 +222,10 @@ def plan_complex_product(x: torch.Tensor, w: torch.Tensor, conj_w: bool = False)
     x_strides, w_strides = [0] * padding + x_strides, [0] * padding + w_strides
     columns = sizes[-1]
     rows = out.numel() // max(columns, 1)
-    block_rows, block_reals = row_block(2 * columns, out_real.element_size())
+    if config is None:
+        steps = (min(x_strides[-1], 2), min(w_strides[-1], 2))
+        config = COMPLEX_PRODUCT_BROADCAST.choose(out.device, (out_real.dtype,), (rows, columns, *steps))
+    block_rows, block_reals = config.row_block(2 * columns, out_real.element_size())
     block_columns = block_reals // 2
     meta = {
         **flags,
@@ -226,7 +233,7 @@ def plan_complex_product(x: torch.Tensor, w: torch.Tensor, conj_w: bool = False)
         "W_MODE": _mode(w_strides[-1]),
         "BLOCK_R": block_rows,
         "BLOCK_C": block_columns,
-        "num_warps": stream_warps(out_real.dtype),
+        "num_warps": config.num_warps,
     }
     grid = (ceil_div(rows, block_rows) * ceil_div(columns, block_columns),)
     args = (x_real, w_real, out_real, rows, columns, *sizes[1:-1], *x_strides, *w_strides)

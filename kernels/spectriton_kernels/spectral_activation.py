@@ -12,8 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import COLUMN_SUM_BLOCK, ROW_MIN_COLUMNS, ceil_div, row_block, stream_block, stream_warps
 from ._launch import Launch
+from .configs import (
+    COLUMN_SUM_BLOCK,
+    ROW_MIN_COLUMNS,
+    SPECTRAL_ACTIVATION,
+    SPECTRAL_ACTIVATION_BACKWARD,
+    SPECTRAL_ACTIVATION_SCALE_BACKWARD,
+    Stream,
+    ceil_div,
+)
 
 KINDS = ("identity", "tanh", "softsign", "asinh", "atan")
 
@@ -315,26 +323,30 @@ def _pairs(x: torch.Tensor) -> torch.Tensor:
 
 
 def plan_spectral_activation(
-    x: torch.Tensor, kind: str, scale: torch.Tensor | None = None
+    x: torch.Tensor, kind: str, scale: torch.Tensor | None = None, config: Stream | None = None
 ) -> tuple[Launch, torch.Tensor]:
-    """The launch behind `spectral_activation` and the tensor it fills."""
+    """The launch behind `spectral_activation`, by default in the configuration chosen for it, and what it fills."""
     assert kind in KINDS, kind
     x_real = _pairs(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     channels = 1 if scale is None else x.shape[1]
     inner = 1 if scale is None else math.prod(x_real.shape[2:])
     assert scale is None or scale.shape == (channels,), "scale must have one element a channel"
-    block = stream_block(x_real.dtype)
-    meta = {"KIND": kind, "HAS_SCALE": scale is not None, "BLOCK": block, "num_warps": stream_warps(x_real.dtype)}
+    length = x_real.numel()
+    if config is None:
+        sizes = (length, 0 if scale is None else inner)
+        config = SPECTRAL_ACTIVATION.choose(x.device, (x_real.dtype,), sizes)
+    block = config.block_bytes // x_real.element_size()
+    meta = {"KIND": kind, "HAS_SCALE": scale is not None, "BLOCK": block, "num_warps": config.num_warps}
     args = (
         x_real,
         None if scale is None else scale.contiguous(),
         torch.view_as_real(out),
-        x_real.numel(),
+        length,
         inner,
         channels,
     )
-    return Launch(spectral_activation_kernel, (ceil_div(x_real.numel(), block),), args, meta), out
+    return Launch(spectral_activation_kernel, (ceil_div(length, block),), args, meta), out
 
 
 def spectral_activation(x: torch.Tensor, kind: str, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -354,21 +366,28 @@ def spectral_activation(x: torch.Tensor, kind: str, scale: torch.Tensor | None =
 
 
 def plan_spectral_activation_backward(
-    grad: torch.Tensor, z: torch.Tensor, kind: str, scale: torch.Tensor | None = None
+    grad: torch.Tensor, z: torch.Tensor, kind: str, scale: torch.Tensor | None = None, config: Stream | None = None
 ) -> tuple[Launch, torch.Tensor, torch.Tensor | None]:
-    """The launch behind `spectral_activation_backward`, the gradient it fills and the partial sums for the scale."""
+    """The launch behind `spectral_activation_backward`, by default in the configuration chosen for it.
+
+    Returns:
+        The launch, the gradient it fills and the partial sums for the scale (None without one).
+    """
     assert kind in KINDS, kind
     assert grad.shape == z.shape and grad.dtype == z.dtype, "gradient and output must be alike"
     grad_real, z_real = _pairs(grad), _pairs(z)
     grad_x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     grad_x_real = torch.view_as_real(grad_x)
     if scale is None:
-        block = stream_block(z_real.dtype)
-        meta = {"KIND": kind, "BLOCK": block, "num_warps": stream_warps(z_real.dtype)}
+        length = z_real.numel()
+        if config is None:
+            config = SPECTRAL_ACTIVATION_BACKWARD.choose(z.device, (z_real.dtype,), (length,))
+        block = config.block_bytes // z_real.element_size()
+        meta = {"KIND": kind, "BLOCK": block, "num_warps": config.num_warps}
         launch = Launch(
             spectral_activation_backward_kernel,
-            (ceil_div(z_real.numel(), block),),
-            (grad_real, z_real, grad_x_real, z_real.numel()),
+            (ceil_div(length, block),),
+            (grad_real, z_real, grad_x_real, length),
             meta,
         )
         return launch, grad_x, None
@@ -379,7 +398,11 @@ def plan_spectral_activation_backward(
     # a channel of few elements would leave most of a row block empty: take all channels as one row then
     by_column = inner < ROW_MIN_COLUMNS
     rows, columns = (batch, channels * inner) if by_column else (batch * channels, inner)
-    block_rows, block_columns = row_block(columns, z_real.element_size(), COLUMN_SUM_BLOCK if by_column else None)
+    if config is None:
+        sizes = (batch, channels, inner)
+        config = SPECTRAL_ACTIVATION_SCALE_BACKWARD.choose(z.device, (z_real.dtype,), sizes)
+    most_columns = COLUMN_SUM_BLOCK if by_column else None
+    block_rows, block_columns = config.row_block(columns, z_real.element_size(), most_columns)
     row_blocks, column_blocks = ceil_div(rows, block_rows), ceil_div(columns, block_columns)
     # both are (.., channels, ..): what is summed afterwards stands around the channels
     shape = (row_blocks, channels, inner) if by_column else (batch, channels, column_blocks)
@@ -389,7 +412,7 @@ def plan_spectral_activation_backward(
         "BY_COLUMN": by_column,
         "BLOCK_R": block_rows,
         "BLOCK_C": block_columns,
-        "num_warps": stream_warps(z_real.dtype),
+        "num_warps": config.num_warps,
     }
     args = (grad_real, z_real, scale.contiguous(), grad_x_real, partial, rows, columns, inner, channels)
     launch = Launch(spectral_activation_scale_backward_kernel, (row_blocks * column_blocks,), args, meta)
@@ -409,7 +432,7 @@ def spectral_activation_backward(
 
     Returns:
         The gradient of the input, contiguous, and that of the scale (None without one); both bit by bit the same from
-        run to run.
+        run to run in one configuration.
     """
     launch, grad_x, partial = plan_spectral_activation_backward(grad, z, kind, scale)
     launch.run()
