@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -431,7 +430,7 @@ def problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
 
 # -- tuning ----------------------------------------------------------------------------------------------------------
 
-#: (inputs of a configuration, made ready one after another; bytes of one; device) to seconds.
+#: Seconds of a configuration, from its launches on several sets of inputs.
 Timer = Callable[[Sequence[tuple[Problem, Run]], torch.device], float]
 
 
@@ -450,19 +449,25 @@ def median_seconds(
     return statistics.median(laps[2:])
 
 
+class WrongResult(Exception):
+    """A configuration computes something else than it should."""
+
+
 def check(case: Case, run: Run, expected: tuple[Tensor, ...]) -> None:
     """Compares what a launch wrote with what is right.
 
     Raises:
-        AssertionError: they differ by more than rounding.
+        WrongResult: they differ by more than rounding.
     """
     tolerance = max(_TOLERANCES[dtype] for dtype in case.dtypes)
     for number, (result, right) in enumerate(zip(run.results(), expected, strict=True)):
-        assert result.shape == right.shape, f"result {number} has shape {tuple(result.shape)}, not {tuple(right.shape)}"
+        if result.shape != right.shape:
+            raise WrongResult(f"result {number} has shape {tuple(result.shape)}, not {tuple(right.shape)}")
         wide = torch.complex128 if result.is_complex() else torch.float64
         wanted = right.to(wide)
         error = float((result.to(wide) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-        assert error <= tolerance, f"result {number} is wrong by {error:.2g} of its largest number"
+        if not error <= tolerance:
+            raise WrongResult(f"result {number} is wrong by {error:.2g} of its largest number")
 
 
 def tune_case(case: Case, device: torch.device, timer: Timer = median_seconds) -> Result:
@@ -489,7 +494,7 @@ def tune_case(case: Case, device: torch.device, timer: Timer = median_seconds) -
             seconds[config] = timer(list(zip(problems, runs, strict=True)), device)
         except torch.OutOfMemoryError:
             raise
-        except (AssertionError, RuntimeError) as error:
+        except (WrongResult, RuntimeError) as error:
             failures[config] = f"{type(error).__name__}: {error}".split("\n")[0]
     if heuristic in failures:
         raise RuntimeError(f"tune: {case} does not work as it is ({failures[heuristic]}); please report this")
@@ -604,9 +609,24 @@ def model_cases(name: str, batch: int, image_size: int, in_channels: int, device
         fail("tune", "--batch", batch, "a positive int", "pass the batch size you train with")
     network = models.build(name, "spectral", in_channels=in_channels, image_size=image_size).to(device)
     images = torch.randn(batch, in_channels, image_size, image_size, device=device)
-    variables = {} if device.type == "cuda" else {"SPECTRITON_BACKEND": "triton", "TRITON_INTERPRET": "1"}
-    with mock.patch.dict(os.environ, variables):
+    with contextlib.nullcontext() if device.type == "cuda" else _interpreter():
         return recorded_cases(lambda: network(images).sum().backward(), device)
+
+
+@contextlib.contextmanager
+def _interpreter() -> Iterator[None]:
+    """The kernels on a CPU."""
+    settings = {"SPECTRITON_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def chosen_cases(cases: Sequence[Case], kernels: Sequence[str]) -> list[Case]:
@@ -699,21 +719,19 @@ def describe(config: Any) -> str:
 
 def table(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """Before and after as text, the header first."""
-    rows = [
-        ("kernel", "dtypes", "sizes", "before GB/s", "of copy", "after GB/s", "of copy", "speed-up", "configuration")
-    ]
-    for result in results:
-        rates = [
-            text
-            for config in (result.heuristic, result.best)
-            for text in (f"{result.rate(config) / 1e9:.0f}", f"{100 * result.share(config):.0f} %")
-        ]
-        rows.append(
-            (
-                *result.case.texts,
-                *rates,
-                f"{result.speedup:.2f}",
-                "the heuristic's" if result.best == result.heuristic else describe(result.best),
-            )
+
+    def rates(result: Result, config: Any) -> tuple[str, str]:
+        return f"{result.rate(config) / 1e9:.0f}", f"{100 * result.share(config):.0f} %"
+
+    head = ("kernel", "dtypes", "sizes", "before GB/s", "of copy", "after GB/s", "of copy", "speed-up", "configuration")
+    body = [
+        (
+            *result.case.texts,
+            *rates(result, result.heuristic),
+            *rates(result, result.best),
+            f"{result.speedup:.2f}",
+            "the heuristic's" if result.best == result.heuristic else describe(result.best),
         )
-    return rows
+        for result in results
+    ]
+    return [head, *body]

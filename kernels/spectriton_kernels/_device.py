@@ -1,7 +1,16 @@
-"""Device functions that several kernels share: bitmaps and conversions."""
+"""Device functions that several kernels share: bitmaps, divisions, conversions."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def divide(b_i, n):
+    """`b_i // n` for int32 from 0 to 2**20 and a positive `n`, several times cheaper than integers are divided.
+
+    The quotient lies at least half of `1 / n` from any integer, which float32 resolves up to there.
+    """
+    return ((b_i.to(tl.float32) + 0.5) * (1.0 / n)).to(tl.int32)
 
 
 @triton.jit

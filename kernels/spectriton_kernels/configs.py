@@ -32,6 +32,8 @@ ENOUGH_PROGRAMS = 1024
 # columns it then takes at a time.
 ROW_MIN_COLUMNS = 64
 COLUMN_SUM_BLOCK = 128
+# and the least bytes of a row at a time.
+ROW_BYTES = 512
 
 # kernel_spectrum_adjoint: the fewest frequencies worth a program.
 ADJOINT_MIN_FREQUENCIES = 32
@@ -50,10 +52,16 @@ class Stream:
     num_warps: int
 
     def row_block(self, columns: int, itemsize: int, most_columns: int | None = None) -> tuple[int, int]:
-        """(rows, columns) of a two-dimensional block of reals of `itemsize` bytes over rows of length `columns`."""
+        """(rows, columns) of a two-dimensional block of reals of `itemsize` bytes over rows of length `columns`.
+
+        Blocks are as wide as they can be without leaving more than an eighth of the work beyond the end of the rows,
+        and not narrower than `ROW_BYTES`.
+        """
         total = self.block_bytes // itemsize
-        block_columns = min(next_power_of_2(columns), most_columns or total)
-        return total // block_columns, block_columns
+        block = min(next_power_of_2(columns), most_columns or total)
+        while block * itemsize > ROW_BYTES and 8 * block * ceil_div(columns, block) > 9 * columns:
+            block //= 2
+        return total // block, block
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,8 @@ class Tiles:
     Attributes:
         block_bytes: bytes of dense data that a program handles, if that is a tile or more.
         thread_bytes: bytes of it that a thread handles.
+
+    Data of 16 bits count as 32, which they are in registers.
     """
 
     block_bytes: int
@@ -70,7 +80,7 @@ class Tiles:
 
     def shape(self, tile: int, itemsize: int) -> tuple[int, int]:
         """(tiles, warps) of a program for tiles of `tile` complex numbers of two `itemsize` bytes."""
-        tile_bytes = 2 * tile * itemsize
+        tile_bytes = 2 * tile * max(itemsize, 4)
         tiles = max(1, self.block_bytes // tile_bytes)
         return tiles, max(1, min(16, tiles * tile_bytes // (32 * self.thread_bytes)))
 
@@ -198,46 +208,44 @@ def _stream(dtypes: Dtypes, sizes: Sizes) -> Stream:
     return Stream(8192, 8 if dtypes[0] == torch.float64 else 4)
 
 
-def _tiles(dtypes: Dtypes, sizes: Sizes) -> Tiles:
-    # dtypes are that of the dense side, which decides, and that of the values
-    tiles, tile = sizes
-    block_bytes = 8192
-    while block_bytes > 2048 and tiles * 2 * tile * dtypes[0].itemsize < ENOUGH_PROGRAMS * block_bytes:
-        block_bytes //= 2
-    return Tiles(block_bytes, 64)
+def _tiles(most_bytes: int) -> Callable[[Dtypes, Sizes], Tiles]:
+    def heuristic(dtypes: Dtypes, sizes: Sizes) -> Tiles:
+        # dtypes are that of the dense side, which decides, and that of the values
+        tiles, tile = sizes
+        block_bytes = most_bytes
+        while block_bytes > 2048 and tiles * 2 * tile * max(dtypes[0].itemsize, 4) < ENOUGH_PROGRAMS * block_bytes:
+            block_bytes //= 2
+        return Tiles(block_bytes, 64)
+
+    return heuristic
 
 
 _STREAMS = tuple(
     Stream(*numbers) for numbers in ((2048, 2), (4096, 2), (4096, 4), (8192, 4), (8192, 8), (16384, 4), (16384, 8))
 )
-_TILES = tuple(
-    Tiles(*numbers)
-    for numbers in (
-        (2048, 32),
-        (2048, 64),
-        (4096, 32),
-        (4096, 64),
-        (8192, 32),
-        (8192, 64),
-        (16384, 32),
-        (16384, 64),
-    )
-)
+_ROW_STREAMS = tuple(config for config in _STREAMS if config != Stream(16384, 4))  # that one spills
+# A thread's share of a prefix sum costs the more instructions a coefficient the smaller it is.
+_PACK_TILES = tuple(Tiles(*numbers) for numbers in ((2048, 64), (4096, 64), (8192, 64), (16384, 64)))
+_TILES = (*_PACK_TILES[:-1], Tiles(4096, 128), Tiles(8192, 128), Tiles(16384, 128), _PACK_TILES[-1])
 
 COMPLEX_PRODUCT = Tunable("complex_product", ("reals",), _STREAMS, _stream)
 # how a column steps: 0 broadcast, 1 contiguous, 2 strided
 COMPLEX_PRODUCT_BROADCAST = Tunable(
-    "complex_product_broadcast", ("rows", "columns", "x step", "w step"), _STREAMS, _stream
+    "complex_product_broadcast", ("rows", "columns", "x step", "w step"), _ROW_STREAMS, _stream
 )
 # reals of a channel: 0 without a scale
 SPECTRAL_ACTIVATION = Tunable("spectral_activation", ("reals", "reals of a channel"), _STREAMS, _stream)
 SPECTRAL_ACTIVATION_BACKWARD = Tunable("spectral_activation_backward", ("reals",), _STREAMS, _stream)
 SPECTRAL_ACTIVATION_SCALE_BACKWARD = Tunable(
-    "spectral_activation_scale_backward", ("batch", "channels", "reals of a channel"), _STREAMS, _stream
+    "spectral_activation_scale_backward",
+    ("batch", "channels", "reals of a channel"),
+    _ROW_STREAMS,
+    _stream,
 )
-PACK_ROWS = Tunable("pack_rows", ("tiles", "tile"), _TILES, _tiles)
-GATHER_ROWS = Tunable("gather_rows", ("tiles", "tile"), _TILES, _tiles)
-UNPACK_ROWS = Tunable("unpack_rows", ("tiles", "tile"), _TILES, _tiles)
+# larger blocks where each program takes its room by an atomic add to one number
+PACK_ROWS = Tunable("pack_rows", ("tiles", "tile"), _PACK_TILES, _tiles(8192))
+GATHER_ROWS = Tunable("gather_rows", ("tiles", "tile"), _TILES, _tiles(4096))
+UNPACK_ROWS = Tunable("unpack_rows", ("tiles", "tile"), _TILES, _tiles(4096))
 UNPACK_PLANES = Tunable(
     "unpack_planes",
     ("planes", "positions", "tile"),
@@ -254,12 +262,11 @@ KERNEL_SPECTRUM = Tunable(
     tuple(
         Spectrum(*numbers)
         for numbers in (
-            (4096, 8, 32, 4),
+            (4096, 4, 32, 4),
+            (8192, 4, 32, 4),
             (8192, 8, 32, 4),
             (8192, 8, 32, 8),
             (8192, 4, 64, 4),
-            (16384, 8, 32, 8),
-            (16384, 4, 64, 8),
         )
     ),
     lambda dtypes, sizes: Spectrum(8192, 8, 32, 4),
@@ -270,11 +277,12 @@ KERNEL_SPECTRUM_ADJOINT = Tunable(
     tuple(
         Adjoint(*numbers)
         for numbers in (
-            (8192, 4, 32, 4),
-            (8192, 8, 32, 4),
+            (8192, 4, 64, 4),
+            (8192, 8, 64, 4),
             (8192, 16, 32, 4),
             (16384, 4, 64, 4),
             (16384, 8, 32, 4),
+            (16384, 8, 64, 8),
             (16384, 16, 32, 4),
             (16384, 16, 32, 8),
         )

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import convert, load_kept, store_kept
+from ._device import convert, divide, load_kept, store_kept
 from ._launch import Launch
 from .configs import GATHER_ROWS, PACK_ROWS, Tiles, ceil_div
 from .spectral_activation import KINDS, activate
@@ -31,11 +31,12 @@ def load_tiles(y_ptr, i_first, tiles, TILES: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def store_pairs(ptr, o_pair, m_pair, b_re, b_im):
-    """Scatters (TILES, TILE) pairs (re, im), converted to the dtype behind the pointer."""
+def store_pairs(ptr, start, b_rank, m_pair, b_re, b_im):
+    """Scatters (TILES, TILE) pairs (re, im), in the dtype behind the pointer, to `start` (TILES,) plus rank."""
     o_part = tl.arange(0, 2)[None, None, :]
     b_pair = convert(tl.join(b_re, b_im), ptr)
-    tl.store(ptr + o_pair[:, :, None] * 2 + o_part, b_pair, mask=m_pair[:, :, None] & (o_part < 2))
+    p_pair = ptr + (start * 2)[:, None, None] + (b_rank[:, :, None] * 2 + o_part)
+    tl.store(p_pair, b_pair, mask=m_pair[:, :, None] & (o_part < 2))
 
 
 @triton.jit
@@ -97,33 +98,36 @@ def pack_rows_kernel(
     n_left = tl.where(m_tile, tl.minimum(length - i_row_tile.to(tl.int64) * TILE, TILE), 0).to(tl.int32)
     o_coefficient = tl.arange(0, TILE)[None, :]
     m_coefficient = o_coefficient < n_left[:, None]
-    i_channel = ((i_row_tile % channels * TILE % channels)[:, None] + o_coefficient) % channels
+    i_channel = (i_row_tile % channels * TILE % channels)[:, None] + o_coefficient
+    i_channel -= divide(i_channel, channels) * channels
     b_re, b_im = load_tiles(y_ptr, i_first, tiles, TILES, TILE)
 
     if HAS_THRESHOLDS:
         b_threshold = tl.load(threshold_ptr + i_channel, mask=m_coefficient, other=0.0).to(b_re.dtype)
     else:
         b_threshold = tl.full([1, 1], threshold, tl.float64).to(b_re.dtype)
-    # "not below" instead of "above or equal" keeps NaN
-    below = b_re * b_re + b_im * b_im < b_threshold * b_threshold
-    m_kept = m_coefficient & ((below == 0) | (row == 0)[:, None])
+    if HAS_SCALE:
+        b_scale = tl.load(scale_ptr + i_channel, mask=m_coefficient, other=1.0).to(b_re.dtype)
+    # nothing is below a square of -1, which keeps row 0; "not below" instead of "above or equal" keeps NaN
+    b_square = tl.where((row == 0)[:, None], -1.0, b_threshold * b_threshold)
+    m_kept = m_coefficient & ((b_re * b_re + b_im * b_im < b_square) == 0)
     b_kept = m_kept.to(tl.int32)
 
+    store_kept(bitmap_ptr, i_tile, m_tile, b_kept, TILE)
     n_kept = tl.sum(b_kept, axis=1)
     start = tl.atomic_add(cursor_ptr, tl.sum(n_kept, axis=0).to(tl.int64), sem="relaxed")
     start += tl.cumsum(n_kept, axis=0) - n_kept
-    store_kept(bitmap_ptr, i_tile, m_tile, b_kept, TILE)
     tl.store(offsets_ptr + i_tile, start.to(tl.int32), mask=m_tile)
 
     if HAS_SCALE:
-        b_scale = tl.load(scale_ptr + i_channel, mask=m_coefficient, other=1.0).to(b_re.dtype)
         b_re = b_scale * activate(b_re / b_scale, KIND)
         b_im = b_scale * activate(b_im / b_scale, KIND)
     else:
         b_re = activate(b_re, KIND)
         b_im = activate(b_im, KIND)
-    o_value = start[:, None] + (tl.cumsum(b_kept, axis=1) - b_kept)
-    store_pairs(values_ptr, o_value, m_kept & (o_value < capacity), b_re, b_im)
+    b_rank = tl.cumsum(b_kept, axis=1) - b_kept
+    n_room = tl.minimum(tl.maximum(capacity - start, 0), TILE).to(tl.int32)
+    store_pairs(values_ptr, start, b_rank, m_kept & (b_rank < n_room[:, None]), b_re, b_im)
 
 
 @triton.jit
@@ -163,8 +167,7 @@ def gather_rows_kernel(
     b_kept = load_kept(bitmap_ptr, i_tile, m_tile, TILE)
     start = tl.load(offsets_ptr + i_tile, mask=m_tile, other=0).to(tl.int64)
     b_re, b_im = load_tiles(y_ptr, i_first, tiles, TILES, TILE)
-    o_value = start[:, None] + (tl.cumsum(b_kept, axis=1) - b_kept)
-    store_pairs(out_ptr, o_value, b_kept != 0, b_re, b_im)
+    store_pairs(out_ptr, start, tl.cumsum(b_kept, axis=1) - b_kept, b_kept != 0, b_re, b_im)
 
 
 def tile_geometry(bitmap: torch.Tensor, chunk: torch.Tensor) -> tuple[int, int, int]:
@@ -201,6 +204,7 @@ def plan_pack_rows(
     """The launch behind `pack_rows`, by default in the configuration chosen for it."""
     require_float_values(values)
     assert kind in KINDS, kind
+    assert channels < 2**19, "the kernel divides by way of float32"
     tile, row_tiles, chunk_tiles = tile_geometry(bitmap, y)
     thresholds = threshold if isinstance(threshold, torch.Tensor) else None
     tiles = rows.shape[0] * chunk_tiles

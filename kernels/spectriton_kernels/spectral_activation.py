@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._device import divide
 from ._launch import Launch
 from .configs import (
     COLUMN_SUM_BLOCK,
@@ -199,6 +200,7 @@ def spectral_activation_kernel(
     channels,
     KIND: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Forward over flat real memory.
@@ -212,6 +214,7 @@ def spectral_activation_kernel(
         channels: number of channels.
         KIND: name of h.
         HAS_SCALE: whether there is a scale.
+        LONG: whether a channel of a sample is no shorter than a block.
         BLOCK: real elements a program handles.
     """
     i_block = tl.program_id(0).to(tl.int64)
@@ -219,11 +222,15 @@ def spectral_activation_kernel(
     m_real = o_real < length
     b_x = tl.load(x_ptr + o_real, mask=m_real, other=0.0)
     if HAS_SCALE:
-        # divide the block's start in 64 bits, once; what is left fits 32 bits, where division is several times cheaper
+        # divide the block's start in 64 bits, once; what is left is small
         i_first = i_block * BLOCK // inner
-        o_first = (i_block * BLOCK % inner).to(tl.int32)
-        i_channel = (i_first % channels).to(tl.int32) + (o_first + tl.arange(0, BLOCK)) // inner
-        b_scale = tl.load(scale_ptr + i_channel % channels, mask=m_real, other=1.0).to(b_x.dtype)
+        o_inner = (i_block * BLOCK % inner).to(tl.int32) + tl.arange(0, BLOCK)
+        if LONG:
+            i_channel = (i_first % channels).to(tl.int32) + (o_inner >= inner).to(tl.int32)
+        else:
+            i_channel = (i_first % channels).to(tl.int32) + divide(o_inner, inner)
+        i_channel -= divide(i_channel, channels) * channels
+        b_scale = tl.load(scale_ptr + i_channel, mask=m_real, other=1.0).to(b_x.dtype)
         b_z = b_scale * activate(b_x / b_scale, KIND)
     else:
         b_z = activate(b_x, KIND)
@@ -308,10 +315,12 @@ def spectral_activation_scale_backward_kernel(
     if BY_COLUMN:
         b_scale = tl.load(scale_ptr + o_real // inner, mask=m_column, other=1.0).to(b_z.dtype)[None, :]
     else:
-        b_scale = tl.load(scale_ptr + i_row % channels, mask=m_row, other=1.0).to(b_z.dtype)[:, None]
+        i_channel = (i_row_block * BLOCK_R % channels).to(tl.int32) + tl.arange(0, BLOCK_R)
+        i_channel -= divide(i_channel, channels) * channels
+        b_scale = tl.load(scale_ptr + i_channel, mask=m_row, other=1.0).to(b_z.dtype)[:, None]
     slope, rest = derivative(b_z / b_scale, KIND)
     tl.store(grad_x_ptr + o_block, b_grad * slope, mask=m_real)
-    b_rest = tl.where(m_real, b_grad * rest, 0.0)
+    b_rest = b_grad * rest  # zero where masked, as the gradient is
     if BY_COLUMN:
         tl.store(partial_ptr + i_row_block * columns + o_real, tl.sum(b_rest, axis=0), mask=m_column)
     else:
@@ -332,12 +341,19 @@ def plan_spectral_activation(
     channels = 1 if scale is None else x.shape[1]
     inner = 1 if scale is None else math.prod(x_real.shape[2:])
     assert scale is None or scale.shape == (channels,), "scale must have one element a channel"
+    assert channels < 2**19, "the kernel divides by way of float32"
     length = x_real.numel()
     if config is None:
         sizes = (length, 0 if scale is None else inner)
         config = SPECTRAL_ACTIVATION.choose(x.device, (x_real.dtype,), sizes)
     block = config.block_bytes // x_real.element_size()
-    meta = {"KIND": kind, "HAS_SCALE": scale is not None, "BLOCK": block, "num_warps": config.num_warps}
+    meta = {
+        "KIND": kind,
+        "HAS_SCALE": scale is not None,
+        "LONG": inner >= block,
+        "BLOCK": block,
+        "num_warps": config.num_warps,
+    }
     args = (
         x_real,
         None if scale is None else scale.contiguous(),
@@ -395,6 +411,7 @@ def plan_spectral_activation_backward(
     batch, channels = z.shape[:2]
     inner = math.prod(z_real.shape[2:])
     assert scale.shape == (channels,), "scale must have one element a channel"
+    assert channels < 2**19, "the kernel divides by way of float32"
     # a channel of few elements would leave most of a row block empty: take all channels as one row then
     by_column = inner < ROW_MIN_COLUMNS
     rows, columns = (batch, channels * inner) if by_column else (batch * channels, inner)

@@ -62,10 +62,10 @@ def unpack_rows_kernel(
     i_tile = row * row_tiles + first_tile + i_dense % chunk_tiles
     b_kept = load_kept(bitmap_ptr, i_tile, m_tile, TILE)
     start = tl.load(offsets_ptr + i_tile, mask=m_tile, other=0).to(tl.int64)
-    o_value = start[:, None] + (tl.cumsum(b_kept, axis=1) - b_kept)
+    b_rank = tl.cumsum(b_kept, axis=1) - b_kept
     # pairs, so that each coefficient is one access
     o_part = tl.arange(0, 2)[None, None, :]
-    p_value = values_ptr + o_value[:, :, None] * 2 + o_part
+    p_value = values_ptr + (start * 2)[:, None, None] + (b_rank[:, :, None] * 2 + o_part)
     b_value = tl.load(p_value, mask=(b_kept != 0)[:, :, None] & (o_part < 2), other=0.0)
     # flat offsets give 128-bit stores
     o_real = tl.arange(0, TILES * 2 * TILE)

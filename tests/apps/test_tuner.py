@@ -1,0 +1,190 @@
+"""The tuner on the CPU: kernels in the interpreter, times made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectriton import cli, tuner, tuning
+from spectriton.tuner import Case
+from spectriton_kernels import configs
+
+pytestmark = pytest.mark.triton
+CPU = torch.device("cpu")
+SINGLE, HALF, BRAIN, DOUBLE = torch.float32, torch.float16, torch.bfloat16, torch.float64
+PRODUCT = Case("complex_product", (SINGLE,), (300,))
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(tuning.DIRECTORY, str(tmp_path))
+    yield tmp_path
+    configs.set_lookup(None)
+
+
+def times(*seconds: float) -> tuner.Timer:
+    """Gives these, one a configuration."""
+    left = iter(seconds)
+    return lambda sets, device: next(left)
+
+
+TINY = [
+    Case("complex_product", (DOUBLE,), (1500,)),
+    Case("complex_product_broadcast", (SINGLE,), (6, 37, 1, 0)),
+    Case("complex_product_broadcast", (SINGLE,), (6, 37, 2, 1)),
+    Case("spectral_activation", (SINGLE,), (1500, 0)),
+    Case("spectral_activation", (SINGLE,), (1500, 30)),
+    Case("spectral_activation", (SINGLE,), (9000, 4200)),
+    Case("spectral_activation_backward", (SINGLE,), (1500,)),
+    Case("spectral_activation_scale_backward", (SINGLE,), (3, 5, 200)),
+    Case("spectral_activation_scale_backward", (SINGLE,), (40, 5, 2)),
+    Case("pack_rows", (SINGLE, SINGLE), (5, 64)),
+    Case("pack_rows", (BRAIN, HALF), (21, 32)),
+    Case("gather_rows", (SINGLE, HALF), (21, 32)),
+    Case("unpack_rows", (SINGLE, BRAIN), (21, 32)),
+    Case("unpack_planes", (SINGLE, SINGLE), (70, 30, 64)),
+    Case("kernel_spectrum", (SINGLE, BRAIN), (7, 2, 3, 5, 9)),
+    Case("kernel_spectrum_adjoint", (SINGLE, SINGLE), (64, 1, 2, 3, 4)),
+]
+
+
+def test_every_kernel_is_among_the_cases():
+    assert {case.kernel for case in TINY} == set(configs.TUNABLES)
+    assert {case.kernel for case in tuner.default_cases()} == set(configs.TUNABLES)
+    for case in [*TINY, *tuner.default_cases()]:
+        assert len(case.sizes) == len(configs.TUNABLES[case.kernel].sizes)
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+def test_every_configuration_computes_the_same(case):
+    result = tuner.tune_case(case, CPU, lambda sets, device: 1.0)
+    assert result.failures == {}
+    assert set(result.seconds) == set(configs.TUNABLES[case.kernel].space)
+
+
+def test_configurations_that_compute_something_else_are_left_out(monkeypatch):
+    space = configs.COMPLEX_PRODUCT.space
+    problem = tuner.problem(PRODUCT, CPU)
+
+    def run(config: Any) -> tuner.Run:
+        ready = problem.run(config)
+        if config != space[2]:
+            return ready
+        return tuner.Run(ready.call, lambda: tuple(result + 1e-3 for result in ready.results()))
+
+    monkeypatch.setattr(tuner, "problem", lambda *_: dataclasses.replace(problem, run=run))
+    result = tuner.tune_case(PRODUCT, CPU, lambda sets, device: 1.0)
+    assert list(result.failures) == [space[2]] and "wrong by" in result.failures[space[2]]
+    assert set(result.seconds) == set(space) - {space[2]}
+    monkeypatch.setattr(
+        tuner, "problem", lambda *_: dataclasses.replace(problem, expected=lambda: (torch.full((150,), torch.nan),))
+    )
+    with pytest.raises(RuntimeError, match="please report"):
+        tuner.tune_case(PRODUCT, CPU, lambda sets, device: 1.0)
+
+
+def test_the_fastest_is_chosen_where_it_is_worth_it():
+    space = configs.COMPLEX_PRODUCT.space
+    heuristic = space.index(configs.Stream(8192, 4))
+    seconds = [4.0] * len(space)
+    seconds[1] = 2.0
+    result = tuner.tune_case(PRODUCT, CPU, times(*seconds))
+    assert result.best == space[1] and result.heuristic == space[heuristic] and result.speedup == 2
+    assert result.moved == 3 * 150 * 8
+    assert result.rate(result.best) == result.moved / 2
+    assert result.share(result.best) == result.copy_seconds / 2
+    found = result.entry()
+    assert found.key == ("complex_product", ("float32",), (512,))
+    assert found.config == dataclasses.asdict(space[1]) and found.measured["heuristic_seconds"] == 4
+    seconds[1] = 4 / 1.01
+    assert tuner.tune_case(PRODUCT, CPU, times(*seconds)).best == space[heuristic]
+
+
+def test_the_clock():
+    problem = tuner.problem(Case("pack_rows", (SINGLE, SINGLE), (3, 32)), CPU)
+    run = problem.run(configs.PACK_ROWS.space[0])
+    prepared = []
+    counting = dataclasses.replace(problem, prepare=lambda: prepared.append(problem.prepare()))
+    assert 0 < tuner.median_seconds([(counting, run)], CPU, fewest=2, budget=0.0) < 10
+    assert len(prepared) == 4
+    tuner.check(Case("pack_rows", (SINGLE, SINGLE), (3, 32)), run, problem.expected())
+
+
+def test_a_run_writes_what_later_launches_find(directory, monkeypatch, capsys):
+    shown = io.StringIO()
+    cases = [PRODUCT, Case("spectral_activation_backward", (SINGLE,), (300,))]
+    seconds = [4e-6] * 7 + [4e-6] * 6 + [1e-6]
+    path = tuner.run(cases, CPU, "Test GPU", times(*seconds), shown)
+    assert path is not None and path.parent == directory
+    lines = shown.getvalue().splitlines()
+    assert any("before GB/s" in line and "speed-up" in line for line in lines)
+    assert any("complex_product" in line and "1.00" in line and "the heuristic's" in line for line in lines)
+    tuned = configs.SPECTRAL_ACTIVATION_BACKWARD.space[-1]
+    assert any("4.00" in line and tuner.describe(tuned) in line for line in lines)
+    assert len(json.loads(path.read_text())["entries"]) == 2
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU")
+    assert configs.SPECTRAL_ACTIVATION_BACKWARD.choose(torch.device("cuda", 0), (SINGLE,), (290,)) == tuned
+
+
+def test_what_was_found_before_an_interruption_is_kept(directory):
+    def timer(sets: Any, device: torch.device) -> float:
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return 1.0
+
+    calls: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        tuner.run([PRODUCT, PRODUCT], CPU, "Test GPU", timer, io.StringIO())
+    (path,) = directory.glob("*.json")
+    assert len(tuning.read(path)) == 1
+
+
+def test_one_case_a_bucket_the_largest():
+    cases = [Case("complex_product", (SINGLE,), (size,)) for size in (300, 512, 400, 513)]
+    assert [case.sizes for case in tuner.unique(cases)] == [(512,), (513,)]
+
+
+def command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tune", *arguments])
+    return caught.value.code or 0  # type: ignore[return-value]
+
+
+def test_a_dry_run_lists_the_launches_of_a_model(capsys):
+    settings = ("SPECTRITON_BACKEND", "TRITON_INTERPRET")
+    before = [os.environ.get(name) for name in settings]
+    assert command("--dry-run", "--model", "lenet", "--batch", "1", "--image-size", "12", "--device", "cpu") == 0
+    assert [os.environ.get(name) for name in settings] == before
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    # a training step of a block needs all of these
+    assert {"pack_rows", "unpack_rows", "gather_rows", "kernel_spectrum", "kernel_spectrum_adjoint"} <= listed
+    assert listed <= set(configs.TUNABLES)
+
+
+def test_a_dry_run_of_some_kernels(capsys):
+    assert command("--dry-run", "--kernel", "pack_rows", "--kernel", "gather_rows") == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"pack_rows", "gather_rows"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "cpu"], "expected a GPU"),
+        (["--dry-run", "--kernel", "pack_row"], "did you mean 'pack_rows'"),
+        (["--dry-run", "--model", "lennet", "--device", "cpu"], "did you mean 'lenet'"),
+        (["--dry-run", "--model", "lenet", "--batch", "0", "--device", "cpu"], "--batch"),
+    ],
+)
+def test_mistakes_end_with_a_clear_message_and_status_2(arguments, said, capsys):
+    assert command(*arguments) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and "Traceback" not in printed
