@@ -208,14 +208,14 @@ def _stream(dtypes: Dtypes, sizes: Sizes) -> Stream:
     return Stream(8192, 8 if dtypes[0] == torch.float64 else 4)
 
 
-def _tiles(most_bytes: int) -> Callable[[Dtypes, Sizes], Tiles]:
+def _tiles(most_bytes: int, thread_bytes: int) -> Callable[[Dtypes, Sizes], Tiles]:
     def heuristic(dtypes: Dtypes, sizes: Sizes) -> Tiles:
         # dtypes are that of the dense side, which decides, and that of the values
         tiles, tile = sizes
         block_bytes = most_bytes
         while block_bytes > 2048 and tiles * 2 * tile * max(dtypes[0].itemsize, 4) < ENOUGH_PROGRAMS * block_bytes:
             block_bytes //= 2
-        return Tiles(block_bytes, 64)
+        return Tiles(block_bytes, thread_bytes if block_bytes > 2048 else 64)
 
     return heuristic
 
@@ -224,9 +224,10 @@ _STREAMS = tuple(
     Stream(*numbers) for numbers in ((2048, 2), (4096, 2), (4096, 4), (8192, 4), (8192, 8), (16384, 4), (16384, 8))
 )
 _ROW_STREAMS = tuple(config for config in _STREAMS if config != Stream(16384, 4))  # that one spills
-# A thread's share of a prefix sum costs the more instructions a coefficient the smaller it is.
-_PACK_TILES = tuple(Tiles(*numbers) for numbers in ((2048, 64), (4096, 64), (8192, 64), (16384, 64)))
-_TILES = (*_PACK_TILES[:-1], Tiles(4096, 128), Tiles(8192, 128), Tiles(16384, 128), _PACK_TILES[-1])
+# Prefix sums cost the fewer instructions a coefficient the more of them a thread has.
+_TILES = tuple(
+    Tiles(*numbers) for numbers in ((2048, 64), (4096, 64), (4096, 128), (8192, 64), (8192, 128), (16384, 128))
+)
 
 COMPLEX_PRODUCT = Tunable("complex_product", ("reals",), _STREAMS, _stream)
 # how a column steps: 0 broadcast, 1 contiguous, 2 strided
@@ -242,10 +243,10 @@ SPECTRAL_ACTIVATION_SCALE_BACKWARD = Tunable(
     _ROW_STREAMS,
     _stream,
 )
-# larger blocks where each program takes its room by an atomic add to one number
-PACK_ROWS = Tunable("pack_rows", ("tiles", "tile"), _PACK_TILES, _tiles(8192))
-GATHER_ROWS = Tunable("gather_rows", ("tiles", "tile"), _TILES, _tiles(4096))
-UNPACK_ROWS = Tunable("unpack_rows", ("tiles", "tile"), _TILES, _tiles(4096))
+# packing has more to compute, and each program takes its room by an atomic add to one number
+PACK_ROWS = Tunable("pack_rows", ("tiles", "tile"), _TILES, _tiles(8192, 128))
+GATHER_ROWS = Tunable("gather_rows", ("tiles", "tile"), _TILES, _tiles(4096, 64))
+UNPACK_ROWS = Tunable("unpack_rows", ("tiles", "tile"), _TILES, _tiles(4096, 64))
 UNPACK_PLANES = Tunable(
     "unpack_planes",
     ("planes", "positions", "tile"),

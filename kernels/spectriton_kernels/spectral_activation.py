@@ -40,10 +40,10 @@ def polynomial_tanh(x):
 
 @triton.jit
 def tanh(x):
-    """tanh by (1 - e) / (1 + e), e = exp(-2 |x|), which never overflows; small |x| without the cancellation."""
+    """tanh by exponentials, and without their cancellation for small |x|."""
     a = tl.abs(x)
-    e = tl.exp(-2.0 * a)
     if x.dtype == tl.float64:
+        e = tl.exp(-2.0 * a)
         # (e - 1) * y / log(e) is expm1(y) to the last digits, the rounding of e cancels
         inside = (e < 1.0) & (a < 0.5)
         safe = tl.where(inside, e, 0.5)
@@ -52,7 +52,8 @@ def tanh(x):
         # e rounds to 1 for the tiniest |x| only, where tanh(x) = x
         return tl.where(e == 1.0, x, tl.where(x < 0, -t, t))
     else:
-        t = (1.0 - e) / (1.0 + e)
+        # exp(2 |x|) may overflow, to the right limit
+        t = 1.0 - 2.0 / (1.0 + tl.exp2(a * 2.8853900817779268))
         return tl.where(a < 0.5, polynomial_tanh(x), tl.where(x < 0, -t, t))
 
 
