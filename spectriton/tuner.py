@@ -75,7 +75,8 @@ class Problem:
     """Inputs for a case.
 
     Attributes:
-        run: makes the launch in a configuration.
+        run: makes the launch in a configuration, and spoils what it will write: an earlier launch's results must not
+            pass for its own.
         expected: the right results.
         moved: bytes.
         prepare: puts back what a launch changes; not timed.
@@ -162,6 +163,11 @@ def _nbytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def _spoil(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        tensor.fill_(torch.nan if tensor.is_floating_point() or tensor.is_complex() else 77)
+
+
 def _complex_product(case: Case, random: _Random) -> Problem:
     (reals,), (dtype,) = case.sizes, case.dtypes
     return _product(*(random.complex(reals // 2, dtype=dtype) for _ in range(2)))
@@ -186,6 +192,7 @@ def _product(x: Tensor, w: Tensor) -> Problem:
 
     def run(config: Any) -> Run:
         launch, out = plan_complex_product(x, w, False, config)
+        _spoil(out)
         return Run(launch.run, lambda: (out,))
 
     result = x.element_size() * torch.broadcast_shapes(x.shape, w.shape).numel()
@@ -204,6 +211,7 @@ def _spectral_activation(case: Case, random: _Random) -> Problem:
 
     def run(config: Any) -> Run:
         launch, out = plan_spectral_activation(x, "tanh", scale, config)
+        _spoil(out)
         return Run(launch.run, lambda: (out,))
 
     return Problem(run, lambda: (reference.spectral_activation(x, "tanh", scale),), 2 * _nbytes(x))
@@ -227,6 +235,7 @@ def _activation_backward(shape: tuple[int, ...], dtype: torch.dtype, scale: Tens
 
     def run(config: Any) -> Run:
         launch, grad_x, partial = plan_spectral_activation_backward(grad, z, "tanh", scale, config)
+        _spoil(grad_x, *(() if partial is None else (partial,)))
         sums: list[Tensor] = []
 
         def call() -> None:
@@ -291,15 +300,16 @@ def _pack_rows(case: Case, random: _Random) -> Problem:
     # A kept coefficient has a part of two or more, the others are small: rounding decides nothing.
     kept = given.dense + torch.where(given.dense < 0, -2, 2)
     y = torch.where(given.mask[..., None], kept, random.real(tiles, tile, 2, dtype=dtype).tanh() / 4)
-    bitmap, offsets = torch.zeros_like(given.bitmap), torch.zeros_like(given.offsets)
-    values = given.values.to(value_dtype).zero_()
+    bitmap, offsets = torch.empty_like(given.bitmap), torch.empty_like(given.offsets)
+    values = torch.empty_like(given.values, dtype=value_dtype)
     cursor = torch.zeros(1, dtype=torch.int64, device=random.device)
     rank = given.mask.cumsum(1) - 1
 
     def run(config: Any) -> Run:
+        _spoil(bitmap, offsets, values)
         launch = plan_pack_rows(y, tile, 1.0, given.rows, 0, bitmap, offsets, values, cursor, "tanh", None, 1, config)
         # Tiles stand in the order in which programs ran; through the offsets they come in their own.
-        return Run(launch.run, lambda: (bitmap, cursor, values[(offsets + rank)[given.mask]]))
+        return Run(launch.run, lambda: (bitmap, cursor, values[(offsets + rank)[given.mask] % len(values)]))
 
     def expected() -> tuple[Tensor, ...]:
         return given.bitmap, cursor.new_tensor([len(values)]), torch.tanh(y[given.mask].double()).to(value_dtype)
@@ -313,9 +323,10 @@ def _gather_rows(case: Case, random: _Random) -> Problem:
     (tiles, tile), dtypes = case.sizes, case.dtypes
     given = _Packed.random(tiles, 1, tile, dtypes, random)
     y = torch.where(given.mask[..., None], given.dense, 1)
-    out = torch.zeros_like(given.values)
+    out = torch.empty_like(given.values)
 
     def run(config: Any) -> Run:
+        _spoil(out)
         launch = plan_gather_rows(y, given.bitmap, given.offsets, given.rows, 0, out, config)
         return Run(launch.run, lambda: (out,))
 
@@ -327,9 +338,10 @@ def _unpack_rows(case: Case, random: _Random) -> Problem:
 
     (tiles, tile), dtypes = case.sizes, case.dtypes
     given = _Packed.random(tiles, 1, tile, dtypes, random)
-    out = torch.ones_like(given.dense)
+    out = torch.empty_like(given.dense)
 
     def run(config: Any) -> Run:
+        _spoil(out)
         launch = plan_unpack_rows(given.values, None, given.bitmap, given.offsets, given.rows, 0, 1, out, config)
         return Run(launch.run, lambda: (out,))
 
@@ -349,9 +361,10 @@ def _unpack_planes(case: Case, random: _Random) -> Problem:
     grid = _grid_of(positions, random.device)
     tiles = -(-count // tile)
     given = _Packed.random(grid.count, tiles, tile, dtypes, random)
-    out = given.dense.new_ones(count, grid.height, grid.half_width, 2)
+    out = given.dense.new_empty(count, grid.height, grid.half_width, 2)
 
     def run(config: Any) -> Run:
+        _spoil(out)
         launch = plan_unpack_planes(
             given.values, None, given.bitmap, given.offsets, grid, 0, tiles, count, None, out, config
         )
@@ -373,9 +386,10 @@ def _kernel_spectrum(case: Case, random: _Random) -> Problem:
     (frequencies, groups, inputs, outputs, taps), (dtype, out_dtype) = case.sizes, case.dtypes
     weight = random.real(groups * outputs, inputs, 1, taps, dtype=dtype)
     basis = random.real(frequencies, taps, 2, dtype=dtype)
-    out = torch.zeros(frequencies, groups, 2 * inputs, 2 * outputs, dtype=out_dtype, device=random.device)
+    out = torch.empty(frequencies, groups, 2 * inputs, 2 * outputs, dtype=out_dtype, device=random.device)
 
     def run(config: Any) -> Run:
+        _spoil(out)
         return Run(plan_kernel_spectrum(weight, basis, groups, out, config).run, lambda: (out,))
 
     def expected() -> tuple[Tensor, ...]:
@@ -394,6 +408,8 @@ def _kernel_spectrum_adjoint(case: Case, random: _Random) -> Problem:
 
     def run(config: Any) -> Run:
         launch, partial = plan_kernel_spectrum_adjoint(grad, basis, groups, out, config)
+        if partial is not None:
+            _spoil(partial)
 
         def call() -> None:
             launch.run()
@@ -494,7 +510,7 @@ def tune_case(case: Case, device: torch.device, timer: Timer = median_seconds) -
             seconds[config] = timer(list(zip(problems, runs, strict=True)), device)
         except torch.OutOfMemoryError:
             raise
-        except (WrongResult, RuntimeError) as error:
+        except Exception as error:  # whatever compiling, launching or checking it raises
             failures[config] = f"{type(error).__name__}: {error}".split("\n")[0]
     if heuristic in failures:
         raise RuntimeError(f"tune: {case} does not work as it is ({failures[heuristic]}); please report this")
@@ -588,7 +604,7 @@ def recorded_cases(step: Callable[[], Any], device: torch.device) -> list[Case]:
     finally:
         tuning.install()
     # Of nothing there is nothing to tune.
-    found = [case for case in found if math.prod(case.sizes[:1])]
+    found = [case for case in found if case.sizes[0]]
     if not found:
         fail("tune", "shapes", "no launch of a kernel", "a GPU and the Triton backend", "unset SPECTRITON_BACKEND")
     return unique(found)

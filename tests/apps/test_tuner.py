@@ -16,6 +16,7 @@ import torch
 from spectriton import cli, tuner, tuning
 from spectriton.tuner import Case
 from spectriton_kernels import configs
+from spectriton_kernels._launch import Launch
 
 pytestmark = pytest.mark.triton
 CPU = torch.device("cpu")
@@ -68,6 +69,20 @@ def test_every_configuration_computes_the_same(case):
     result = tuner.tune_case(case, CPU, lambda sets, device: 1.0)
     assert result.failures == {}
     assert set(result.seconds) == set(configs.TUNABLES[case.kernel].space)
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+def test_a_launch_that_does_nothing_is_found(case, monkeypatch):
+    problem = tuner.problem(case, CPU)
+    space = configs.TUNABLES[case.kernel].space
+    problem.prepare()
+    problem.run(space[0]).call()
+    monkeypatch.setattr(Launch, "run", lambda launch: None)
+    run = problem.run(space[1])
+    problem.prepare()
+    run.call()
+    with pytest.raises(tuner.WrongResult):
+        tuner.check(case, run, problem.expected())
 
 
 def test_configurations_that_compute_something_else_are_left_out(monkeypatch):
