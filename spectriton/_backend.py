@@ -7,16 +7,18 @@ CPU, where it needs ``TRITON_INTERPRET=1``) or ``reference``. It is read at ever
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from spectriton import reference
+from spectriton._mixing import EmbeddedMixing, Mixing
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference import RowPattern
-from spectriton.reference.pattern import within_row
+from spectriton.reference import RowPattern, TileIndex
+from spectriton.reference.pattern import channel_of
 from spectriton.reference.spectral_activation import activate_backward
-from spectriton.reference.unpack import read_values
+from spectriton.reference.unpack import read_values, take_values
 
 BACKENDS = ("auto", "triton", "reference")
 _MIB = 1 << 20
@@ -70,10 +72,11 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
 class Backend:
     """The primitives in plain PyTorch; what another backend does not override, it takes from here.
 
-    Channels are mixed by complex matrix products: the CPU's libraries are at their best there.
+    Chunks hold the frequencies ``rows`` of a packed spectrum, as a range, and its tiles ``t0:t1``.
     """
 
     name = "reference"
+    mixing: type[Mixing] = Mixing
     complex_product = staticmethod(reference.complex_product)
     spectral_activation = staticmethod(reference.spectral_activation)
     spectral_activation_backward = staticmethod(reference.spectral_activation_backward)
@@ -82,37 +85,41 @@ class Backend:
     pack_rows = staticmethod(reference.pack_rows)
     unpack_rows = staticmethod(reference.unpack_rows)
     gather_rows = staticmethod(reference.gather_rows)
-    gather_planes = staticmethod(reference.gather_planes)
-    pack_planes = staticmethod(reference.pack_planes)
     unpack_planes = staticmethod(reference.unpack_planes)
+    rows_of_maps = staticmethod(reference.rows_of_maps)
 
-    def row_pattern(self, bitmap: Tensor, offsets: Tensor, rows: Tensor, t0: int, t1: int) -> RowPattern | None:
+    def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
+        """What may be handed to :meth:`row_pattern` to save counting at every chunk."""
+        return reference.tile_index(bitmap, offsets)
+
+    def row_pattern(
+        self, bitmap: Tensor, offsets: Tensor, rows: slice | Tensor, t0: int, t1: int, index: TileIndex | None = None
+    ) -> RowPattern | None:
         """What may be handed to :meth:`unpack_rows` and :meth:`gather_rows` to save reading the bitmap twice."""
-        return reference.row_pattern(bitmap, offsets, rows, t0, t1)
+        return reference.row_pattern(bitmap, offsets, rows, t0, t1, index)
 
-    def mixing_weights(self, weight: Tensor, basis: Tensor, groups: int) -> Tensor:
-        """``(Fc, g, I / g, O / g)`` complex."""
-        return reference.complex_kernel_spectrum(weight, basis, groups)
+    def unpack_maps(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        weighted: bool,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> None:
+        """Writes the real maps ``out`` ``(n, H, W)`` of the planes from ``t0 * tile`` on.
 
-    def mixing_taps(self, grad: Tensor, basis: Tensor, out: Tensor) -> None:
-        """Adds the gradient for the taps to ``out`` ``(O, I / g, kh, kw)``."""
-        out += reference.complex_kernel_spectrum_adjoint(grad, basis, (out.shape[2], out.shape[3]))
-
-    @staticmethod
-    def mix(x: Tensor, weights: Tensor, out: Tensor) -> None:
-        """``out[f, b, o] = sum_i x[f, b, i] weights[f, i, o]`` on pairs ``(Fc, B, C, 2)``."""
-        _matmul_into(torch.view_as_complex(x), weights, torch.view_as_complex(out))
-
-    @staticmethod
-    def mix_grad_input(grad: Tensor, weights: Tensor, out: Tensor) -> None:
-        """``out[f, b, i] = sum_o grad[f, b, o] conj(weights[f, i, o])``."""
-        _matmul_into(torch.view_as_complex(grad), weights.mH, torch.view_as_complex(out))
-
-    @staticmethod
-    def mix_grad_weights(x: Tensor, grad: Tensor, groups: int) -> Tensor:
-        """``(Fc, g, I / g, O / g)``: ``sum_b conj(x[f, b, i]) grad[f, b, o]``."""
-        left, right = (_by_group(torch.view_as_complex(pairs), groups) for pairs in (x, grad))
-        return torch.matmul(left.mH, right)
+        Not ``weighted``: the adjoint of maps to their stored coefficients.
+        """
+        half = out.new_empty(out.shape[0], grid.height, grid.half_width, 2)
+        # irfft2 counts a coefficient twice where its conjugate is not stored, which the adjoint does not.
+        row_scale = None if weighted else 1 / grid.weight
+        self.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, out.shape[0], row_scale, half, index)
+        reference.maps_of_half(torch.view_as_complex(half), grid, out)
 
     def unpack_gradient_rows(
         self,
@@ -121,43 +128,40 @@ class Backend:
         scales: Tensor,
         bitmap: Tensor,
         offsets: Tensor,
-        rows: Tensor,
+        rows: slice,
         kind: str,
         scale: Tensor | None,
         channels: int,
         out: Tensor,
+        index: TileIndex | None,
     ) -> Tensor | None:
         """Writes ``grad * h'`` of ``rows`` to ``out`` ``(Fc, P, 2)``; returns the ``(channels,)`` gradient for scale.
 
         ``h'`` is taken from the outputs in ``values``; ``grad`` ``(N, 2)`` stands in their order.
         """
-        pattern = reference.row_pattern(bitmap, offsets, rows, 0, offsets.shape[1])
-        kept = grad[pattern.slots]
+        pattern = reference.row_pattern(bitmap, offsets, rows, 0, offsets.shape[1], index)
+        kept = take_values(grad, pattern.slots)
         grad_scale = None
         if kind != "identity":
             tile_scales = scales[rows] if scales.numel() else scales
             output = read_values(values, scales, pattern, tile_scales, out.dtype)
             of_kept = channel = None
             if scale is not None:
-                channel = torch.arange(out.shape[1], device=out.device) % channels
-                channel = channel.index_select(0, within_row(pattern, out.shape[0], out.shape[1]))
+                channel = channel_of(pattern.positions, out.shape[1], 0, channels)
                 of_kept = scale.index_select(0, channel)[:, None].to(out.dtype)
             kept, terms = activate_backward(kept, output, kind, of_kept)
             if terms is not None and channel is not None:
-                grad_scale = torch.zeros(channels, dtype=out.dtype, device=out.device)
-                grad_scale.index_add_(0, channel, terms.sum(-1))
+                grad_scale = torch.bincount(channel, terms.sum(-1), minlength=channels).to(out.dtype)
         flat = torch.view_as_complex(out).view(-1)
         flat.zero_().scatter_(0, pattern.positions, torch.view_as_complex(kept.contiguous()))
         return grad_scale
 
 
 class TritonBackend(Backend):
-    """The Triton kernels; integer values are left to the reference.
-
-    Channels are mixed by real matrix products of embedded weights: tensor cores apply.
-    """
+    """The Triton kernels; integer values are left to the reference."""
 
     name = "triton"
+    mixing = EmbeddedMixing
 
     def __init__(self) -> None:
         import spectriton_kernels as kernels
@@ -169,8 +173,14 @@ class TritonBackend(Backend):
         self.kernel_spectrum = kernels.kernel_spectrum
         self.kernel_spectrum_adjoint = kernels.kernel_spectrum_adjoint
 
-    def row_pattern(self, bitmap: Tensor, offsets: Tensor, rows: Tensor, t0: int, t1: int) -> RowPattern | None:
+    def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
         """None: the kernels read the bitmap themselves."""
+        return None
+
+    def row_pattern(
+        self, bitmap: Tensor, offsets: Tensor, rows: slice | Tensor, t0: int, t1: int, index: TileIndex | None = None
+    ) -> RowPattern | None:
+        """None, likewise."""
         return None
 
     def pack_rows(
@@ -178,7 +188,7 @@ class TritonBackend(Backend):
         y: Tensor,
         length: int,
         threshold: float | Tensor,
-        rows: Tensor,
+        rows: slice | Tensor,
         t0: int,
         bitmap: Tensor,
         offsets: Tensor,
@@ -189,12 +199,11 @@ class TritonBackend(Backend):
         channels: int = 1,
         scales: Tensor | None = None,
     ) -> None:
-        """As the reference's."""
-        arguments = (y, length, threshold, rows, t0, bitmap, offsets, values, cursor, kind, scale, channels)
-        if scales is not None and scales.numel():
-            reference.pack_rows(*arguments, scales=scales)
-        else:
-            self._kernels.pack_rows(*arguments)
+        """As the reference's, but for integers."""
+        numbers = _row_numbers(rows, y.device)
+        self._kernels.pack_rows(
+            y, length, threshold, numbers, t0, bitmap, offsets, values, cursor, kind, scale, channels
+        )
 
     def unpack_rows(
         self,
@@ -202,63 +211,31 @@ class TritonBackend(Backend):
         scales: Tensor,
         bitmap: Tensor,
         offsets: Tensor,
-        rows: Tensor,
+        rows: slice | Tensor,
         t0: int,
         t1: int,
         out: Tensor,
         pattern: RowPattern | None = None,
     ) -> Tensor:
         """As the reference's."""
-        implementation = reference if scales.numel() else self._kernels
-        return implementation.unpack_rows(values, scales, bitmap, offsets, rows, t0, t1, out)
+        if scales.numel():
+            return reference.unpack_rows(values, scales, bitmap, offsets, rows, t0, t1, out)
+        numbers = _row_numbers(rows, out.device)
+        return self._kernels.unpack_rows(values, scales, bitmap, offsets, numbers, t0, t1, out)
 
     def gather_rows(
         self,
         y: Tensor,
         bitmap: Tensor,
         offsets: Tensor,
-        rows: Tensor,
+        rows: slice | Tensor,
         t0: int,
         out: Tensor,
         pattern: RowPattern | None = None,
     ) -> Tensor:
         """As the reference's."""
-        return self._kernels.gather_rows(y, bitmap, offsets, rows, t0, out)
-
-    def pack_planes(
-        self,
-        half: Tensor,
-        grid: FrequencyGrid,
-        threshold: float,
-        t0: int,
-        bitmap: Tensor,
-        offsets: Tensor,
-        values: Tensor,
-        cursor: Tensor,
-        scales: Tensor | None = None,
-    ) -> None:
-        """As the reference's, through frequency-major rows."""
-        chunk = _rows_of_half(half, grid, bitmap.shape[2] * 8)
-        rows = torch.arange(grid.count, device=half.device)
-        length = t0 * bitmap.shape[2] * 8 + half.shape[0]
-        self.pack_rows(chunk, length, threshold, rows, t0, bitmap, offsets, values, cursor, scales=scales)
-
-    def gather_planes(
-        self,
-        half: Tensor,
-        grid: FrequencyGrid,
-        bitmap: Tensor,
-        offsets: Tensor,
-        t0: int,
-        row_scale: Tensor | None,
-        out: Tensor,
-    ) -> Tensor:
-        """As the reference's, through frequency-major rows."""
-        chunk = _rows_of_half(half, grid, bitmap.shape[2] * 8)
-        if row_scale is not None:
-            chunk *= row_scale.to(chunk.dtype)[:, None, None]
-        rows = torch.arange(grid.count, device=half.device)
-        return self.gather_rows(chunk, bitmap, offsets, rows, t0, out)
+        numbers = _row_numbers(rows, y.device)
+        return self._kernels.gather_rows(y, bitmap, offsets, numbers, t0, out)
 
     def unpack_planes(
         self,
@@ -272,36 +249,11 @@ class TritonBackend(Backend):
         count: int,
         row_scale: Tensor | None,
         out: Tensor,
+        index: TileIndex | None = None,
     ) -> Tensor:
         """As the reference's."""
         implementation = reference if scales.numel() else self._kernels
         return implementation.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, count, row_scale, out)
-
-    def mixing_weights(self, weight: Tensor, basis: Tensor, groups: int) -> Tensor:
-        """``(Fc, g, 2 I / g, 2 O / g)`` real."""
-        outputs, inputs = weight.shape[:2]
-        out = weight.new_empty(basis.shape[0], groups, 2 * inputs, 2 * outputs // groups)
-        return self._kernels.kernel_spectrum(weight.contiguous(), basis, groups, out)
-
-    def mixing_taps(self, grad: Tensor, basis: Tensor, out: Tensor) -> None:
-        """Adds the gradient for the taps to ``out`` ``(O, I / g, kh, kw)``."""
-        self._kernels.kernel_spectrum_adjoint(grad, basis, grad.shape[1], out)
-
-    @staticmethod
-    def mix(x: Tensor, weights: Tensor, out: Tensor) -> None:
-        """As the reference's, weights embedded."""
-        _matmul_into(x.flatten(2), weights, out.flatten(2))
-
-    @staticmethod
-    def mix_grad_input(grad: Tensor, weights: Tensor, out: Tensor) -> None:
-        """As the reference's, weights embedded: the transpose of an embedded weight is its conjugate transpose."""
-        _matmul_into(grad.flatten(2), weights.mT, out.flatten(2))
-
-    @staticmethod
-    def mix_grad_weights(x: Tensor, grad: Tensor, groups: int) -> Tensor:
-        """``(Fc, g, 2 I / g, 2 O / g)``: the gradient of the embedded weights."""
-        left, right = (_by_group(pairs.flatten(2), groups) for pairs in (x, grad))
-        return torch.matmul(left.mT, right)
 
     def unpack_gradient_rows(
         self,
@@ -310,11 +262,12 @@ class TritonBackend(Backend):
         scales: Tensor,
         bitmap: Tensor,
         offsets: Tensor,
-        rows: Tensor,
+        rows: slice,
         kind: str,
         scale: Tensor | None,
         channels: int,
         out: Tensor,
+        index: TileIndex | None,
     ) -> Tensor | None:
         """As the reference's, on the dense chunk."""
         tiles = offsets.shape[1]
@@ -337,24 +290,14 @@ class TritonBackend(Backend):
         return grad_scale
 
 
-def _rows_of_half(half: Tensor, grid: FrequencyGrid, tile: int) -> Tensor:
-    """Half spectra ``(n, H, Wh)`` to pairs ``(F, padded, 2)``, padded to whole tiles."""
-    rows = torch.view_as_real(half.flatten(1).T[grid.index])
-    return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % tile))
+def _row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:
+    """The kernels take frequencies one by one."""
+    return _numbers(rows.start, rows.stop, device) if isinstance(rows, slice) else rows.contiguous()
 
 
-def _by_group(chunk: Tensor, groups: int) -> Tensor:
-    """``(Fc, B, C)`` as ``(Fc, g, B, C / g)``, a view."""
-    return chunk.unflatten(2, (groups, -1)).transpose(1, 2)
-
-
-def _matmul_into(x: Tensor, weights: Tensor, out: Tensor) -> None:
-    """``out`` ``(Fc, B, N) = x`` ``(Fc, B, K)`` times ``weights`` ``(Fc, g, K / g, N / g)``, group by group."""
-    if weights.shape[1] == 1 and out.is_contiguous():
-        torch.bmm(x, weights[:, 0], out=out)
-    else:
-        # A strided result would send bmm down a slow path, so it goes through a contiguous one.
-        _by_group(out, weights.shape[1]).copy_(torch.matmul(_by_group(x, weights.shape[1]), weights))
+@lru_cache(maxsize=256)
+def _numbers(first: int, last: int, device: torch.device) -> Tensor:
+    return torch.arange(first, last, device=device)
 
 
 _REFERENCE = Backend()

@@ -88,15 +88,20 @@ def _stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _parse_seeds(text: str | None) -> list[int] | None:
+def _parse_list(option: str, text: str | None, kind: type, example: str) -> list[Any] | None:
     if text is None:
         return None
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
+        numbers = "whole numbers" if kind is int else "numbers"
         raise ValueError(
-            f"compare: --seeds got {text!r}, expected whole numbers with commas between; give --seeds 0,1,2"
+            f"spectriton: {option} got {text!r}, expected {numbers} with commas between; give {option} {example}"
         ) from None
+
+
+def _parse_seeds(text: str | None) -> list[int] | None:
+    return _parse_list("--seeds", text, int, "0,1,2")
 
 
 def _configuration(options: dict[str, Any]) -> Any:
@@ -156,6 +161,9 @@ def build_app() -> Any:
         bool,
         typer.Option("--paper", help="Keep to the paper, not the best known settings.", rich_help_panel=data_panel),
     ]
+    Width: TypeAlias = Annotated[
+        float, typer.Option(help="Multiplies the network's numbers of channels.", rich_help_panel=data_panel)
+    ]
     ImageSize: TypeAlias = Annotated[
         int | None,
         typer.Option(help="Edge in pixels that the network is given.", rich_help_panel=data_panel),
@@ -183,13 +191,22 @@ def build_app() -> Any:
     ]
     Momentum: TypeAlias = Annotated[float, typer.Option(help="Of SGD.", rich_help_panel=recipe_panel)]
     WeightDecay: TypeAlias = Annotated[float, typer.Option(help="L2 penalty.", rich_help_panel=recipe_panel)]
+    Augment: TypeAlias = Annotated[
+        bool,
+        typer.Option(
+            "--augment/--no-augment", help="Shift, crop and mirror training images.", rich_help_panel=recipe_panel
+        ),
+    ]
     Seed: TypeAlias = Annotated[
         int, typer.Option(help="Of weights, order of images and dropout.", rich_help_panel=recipe_panel)
+    ]
+    Seeds: TypeAlias = Annotated[
+        str | None, typer.Option(help="Repeat for these seeds and report means: 0,1,2.", rich_help_panel=recipe_panel)
     ]
     Device: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=run_panel)]
     Amp: TypeAlias = Annotated[str, typer.Option(help="bf16 (autocast) or none.", rich_help_panel=run_panel)]
     Workers: TypeAlias = Annotated[
-        int, typer.Option(help="Threads that fetch batches ahead; 0: in line.", rich_help_panel=run_panel)
+        int, typer.Option(help="Threads or processes that fetch batches ahead; 0: in line.", rich_help_panel=run_panel)
     ]
     Resume: TypeAlias = Annotated[
         bool,
@@ -206,6 +223,7 @@ def build_app() -> Any:
         threshold: Threshold = 0.5,
         value_dtype: ValueDtype = None,
         paper: Paper = False,
+        width: Width = 1.0,
         image_size: ImageSize = None,
         data_dir: DataDir = None,
         train_limit: TrainLimit = None,
@@ -217,11 +235,9 @@ def build_app() -> Any:
         lr_halve_every: LrHalveEvery = 50,
         momentum: Momentum = 0.95,
         weight_decay: WeightDecay = 0.0,
+        augment: Augment = True,
         seed: Seed = 0,
-        seeds: Annotated[
-            str | None,
-            typer.Option(help="Repeat for these seeds and report means: 0,1,2.", rich_help_panel=recipe_panel),
-        ] = None,
+        seeds: Seeds = None,
         out: Annotated[Path, typer.Option(help="Directory for results and checkpoints.", rich_help_panel=run_panel)],
         device: Device = "auto",
         amp: Amp = "none",
@@ -254,6 +270,7 @@ def build_app() -> Any:
         threshold: Threshold = 0.5,
         value_dtype: ValueDtype = None,
         paper: Paper = False,
+        width: Width = 1.0,
         image_size: ImageSize = None,
         data_dir: DataDir = None,
         train_limit: TrainLimit = None,
@@ -265,6 +282,7 @@ def build_app() -> Any:
         lr_halve_every: LrHalveEvery = 50,
         momentum: Momentum = 0.95,
         weight_decay: WeightDecay = 0.0,
+        augment: Augment = True,
         seed: Seed = 0,
         out: Annotated[Path, typer.Option(help="Directory for results and checkpoints.", rich_help_panel=run_panel)],
         device: Device = "auto",
@@ -336,6 +354,62 @@ def build_app() -> Any:
                     print(case)
             elif path := tuner.run(cases, where, torch.cuda.get_device_name(where)):
                 print(f"written to {path}")
+
+    @app.command()
+    def sweep(
+        *,
+        model: Annotated[
+            list[str],
+            typer.Option(
+                help=f"Network, any number of times: {', '.join(models.NETWORKS)}.", rich_help_panel=data_panel
+            ),
+        ] = ["lenet"],  # noqa: B006
+        data: Data = "digits",
+        thresholds: Annotated[
+            str,
+            typer.Option(help="Moduli below which a coefficient is dropped (beta).", rich_help_panel=data_panel),
+        ] = "0.5,0.75,1,1.25,1.5",
+        value_dtype: ValueDtype = None,
+        paper: Paper = False,
+        width: Width = 1.0,
+        image_size: ImageSize = None,
+        data_dir: DataDir = None,
+        train_limit: TrainLimit = None,
+        test_limit: TestLimit = None,
+        epochs: Epochs = 10,
+        batch_size: BatchSize = 128,
+        optimizer: Optimizer = "sgd",
+        lr: Lr = 0.02,
+        lr_halve_every: LrHalveEvery = 50,
+        momentum: Momentum = 0.95,
+        weight_decay: WeightDecay = 0.0,
+        augment: Augment = True,
+        seeds: Seeds = "0",
+        out: Annotated[Path, typer.Option(help="Directory for results and checkpoints.", rich_help_panel=run_panel)],
+        device: Device = "auto",
+        amp: Amp = "none",
+        workers: Workers = 0,
+        resume: Resume = True,
+    ) -> None:
+        """Train networks and, for each threshold, their twins; write sweep.csv, .json, .md, fig1.png and fig2.png."""
+        options = {name: value for name, value in locals().items() if name != "model"}
+        with _user_errors(), _stop_on_signals() as stop:
+            from spectriton import report
+            from spectriton.sweep import sweep as run
+            from spectriton.sweep import text_rows
+
+            result = run(
+                _configuration(options),
+                out,
+                models=model,
+                thresholds=_parse_list("--thresholds", thresholds, float, "0.5,1,1.5") or [],
+                seeds=_parse_seeds(seeds),
+                progress=report.progress_for_terminal(),
+                fresh=not resume,
+                stop=stop,
+            )
+            report.print_table(text_rows(result, brief=True), report.conditions(result))
+            print(f"written to {out}: sweep.csv, sweep.json, sweep.md, fig1.png, fig2.png")
 
     @app.command()
     def env(

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from spectriton import _check, environment, memory, models, report
-from spectriton.data import ImageData, load
+from spectriton.data import load
+from spectriton.images import Images
 from spectriton.packed import VALUE_DTYPES
 from spectriton.plots import draw_curves, draw_memory
 from spectriton.report import VARIANTS
@@ -45,6 +46,7 @@ class CompareConfig:
         value_dtype: how kept coefficients are stored, a key of :data:`spectriton.packed.VALUE_DTYPES`; the model's own
             choice where ``None``.
         paper: keep to the paper instead of the best known settings.
+        width: multiplies the network's numbers of channels.
         image_size: edge in pixels that the network is given; the data's own where ``None``.
         train_limit, test_limit: use only the first so many images.
         data_dir: where the data's files are; it is not part of reports.
@@ -59,6 +61,7 @@ class CompareConfig:
     threshold: float = 0.5
     value_dtype: str | None = None
     paper: bool = False
+    width: float = 1.0
     image_size: int | None = None
     train_limit: int | None = None
     test_limit: int | None = None
@@ -78,7 +81,7 @@ class CompareConfig:
                 "leave out --paper or --value-dtype",
             )
 
-    def load_data(self) -> ImageData:
+    def load_data(self) -> Images:
         """The data; raises as :func:`spectriton.data.load` does."""
         return load(
             self.data,
@@ -103,14 +106,14 @@ class CompareConfig:
         return str(chosen or "float32")
 
 
-def build_network(config: CompareConfig, data: ImageData, variant: str) -> nn.Module:
+def build_network(config: CompareConfig, data: Images, variant: str) -> nn.Module:
     """Build one of the twins, on the CPU, from the seed of the recipe.
 
     Raises:
         ValueError: unknown model or variant, or a network that the images are too small for.
     """
     _check.check_choice("build_network", "variant", variant, VARIANTS)
-    options: dict[str, Any] = {"threshold": config.threshold, "paper": config.paper}
+    options: dict[str, Any] = {"threshold": config.threshold, "paper": config.paper, "width": config.width}
     if config.value_dtype is not None:
         options["value_dtype"] = config.value_dtype
     seed_everything(config.train.seed)
@@ -124,7 +127,7 @@ def build_network(config: CompareConfig, data: ImageData, variant: str) -> nn.Mo
     )
 
 
-def measure_step(model: nn.Module, data: ImageData, config: TrainConfig) -> dict[str, int]:
+def measure_step(model: nn.Module, data: Images, config: TrainConfig) -> dict[str, int]:
     """Memory of one training step (forward, backward, update) at the full batch size. Changes the weights.
 
     A step goes before the one that is measured, so that the optimiser's state, the buffers of libraries and whatever is
@@ -158,7 +161,8 @@ def train_variant(
     variant: str,
     out_dir: str | os.PathLike[str],
     *,
-    data: ImageData | None = None,
+    data: Images | None = None,
+    title: str | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
     stop: threading.Event | None = None,
@@ -170,6 +174,7 @@ def train_variant(
         variant: ``"spatial"`` or ``"spectral"``.
         out_dir: directory for the checkpoint.
         data: images of your own instead of ``config.data``.
+        title: name of the run for ``progress``; the variant where left out.
         progress, stop: as in :func:`spectriton.train.train`.
         fresh: start anew.
 
@@ -189,9 +194,12 @@ def train_variant(
         "threshold": float(config.threshold),
         "value_dtype": config.stored_dtype,
         "paper": config.paper,
+        "width": config.width,
     }
     checkpoint = Checkpoint(Path(out_dir) / f"{variant}.pt", identity, fresh=fresh)
-    result = train(model, data, config.train, title=variant, progress=progress, checkpoint=checkpoint, stop=stop)
+    result = train(
+        model, data, config.train, title=title or variant, progress=progress, checkpoint=checkpoint, stop=stop
+    )
     entry: dict[str, Any] = {
         "test_accuracy": result.test_accuracy,
         **measure_step(model, data, config.train),
@@ -208,7 +216,7 @@ def train_alone(
     variant: str,
     out_dir: str | os.PathLike[str],
     *,
-    data: ImageData | None = None,
+    data: Images | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
     stop: threading.Event | None = None,
@@ -248,7 +256,7 @@ def compare(
     out_dir: str | os.PathLike[str],
     *,
     seeds: Sequence[int] | None = None,
-    data: ImageData | None = None,
+    data: Images | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
     stop: threading.Event | None = None,
@@ -294,7 +302,7 @@ def compare(
         networks = {}
         for variant in VARIANTS:
             networks[variant] = train_variant(run, variant, place, data=data, progress=progress, fresh=fresh, stop=stop)
-            _release()
+            release_memory()
         runs.append(report.assemble(networks["spatial"], networks["spectral"], run.describe(), device))
     result = runs[0] if len(runs) == 1 else report.merge(runs)
     report.write_json(result, out / "report.json")
@@ -304,7 +312,7 @@ def compare(
     return result
 
 
-def _release() -> None:
+def release_memory() -> None:
     """Let go of the last network, reference cycles included, before the next one is measured."""
     gc.collect()
     if torch.cuda.is_available():

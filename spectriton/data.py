@@ -1,18 +1,21 @@
-"""Image sets to train on, held in memory as bytes.
+"""The image sets that are known by name.
 
-====================  ==============================  =======================================================
-name                  images (training / test)        where they come from
-====================  ==============================  =======================================================
-``digits``            1438 / 359, 28x28, 1 channel    scikit-learn's own 8x8 handwritten digits, no download
-``fashion-mnist``     60000 / 10000, 28x28, 1 channel four IDX files, see :func:`load`
-====================  ==============================  =======================================================
+====================  =================================  =====================================================
+name                  images (training / test)           where they come from
+====================  =================================  =====================================================
+``digits``            1438 / 359, 28x28, 1 channel       scikit-learn's own 8x8 handwritten digits, no download
+``fashion-mnist``     60000 / 10000, 28x28, 1 channel    four IDX files, see :func:`load`
+``cifar10``           50000 / 10000, 32x32, 3 channels   parquet files, folders of images, or the hub
+``svhn``              73257 / 26032, 32x32, 3 channels   the same (cropped digits, without the extra ones)
+``imagenet``          1281167 / 50000, 3 channels        the same (ILSVRC 2012); tested on the validation part
+====================  =================================  =====================================================
 
 ``digits`` are enlarged (bilinear, from 8x8) to 28x28, so that LeNet applies as it was published and its spectra have
 room to be sparse. Within each class, in the order of the file, every fifth image is a test image: the split needs no
 random numbers and is the same with every version of every package.
 
-Images stay ``uint8`` on the host until a batch is wanted; :meth:`ImageData.to_input` normalises on the device. Training
-data therefore take no part in what is measured as the memory of a training step.
+Training images of ``cifar10`` and ``svhn`` are shifted by up to 4 pixels, those of ``cifar10`` also mirrored at random.
+``imagenet`` is streamed, see :class:`spectriton.images.StreamedImages`; the others are held in memory.
 """
 
 from __future__ import annotations
@@ -22,17 +25,24 @@ import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from spectriton import _check
 from spectriton.environment import require
+from spectriton.image_tables import HubSet, ImageTable, from_directory, from_hub
+from spectriton.images import Augmentation, ImageData, Images, StreamedImages
+
+__all__ = ["Augmentation", "ImageData", "Images", "StreamedImages", "load", "names", "read_idx"]
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -49,130 +59,17 @@ _HUB_NAME = "zalando-datasets/fashion_mnist"
 _IDX_UINT8 = 0x08
 
 
-@dataclass(frozen=True, eq=False)
-class ImageData:
-    """A labelled set of images, split into training and test. Your own images work as well as the named sets.
-
-    Attributes:
-        name: what to call it in reports.
-        train_images, test_images: ``(N, C, H, W)`` uint8 on the CPU.
-        train_labels, test_labels: ``(N,)`` int64 in ``[0, num_classes)``.
-        num_classes: number of classes.
-        mean, std: one number a channel, of the training images scaled to [0, 1].
-        image_size: edge in pixels that the network is given; :meth:`to_input` resizes (bilinear) where it is not the
-            stored one. 0 stands for the stored height.
-
-    Raises:
-        ValueError: shapes, dtypes, label range or constants do not fit together.
-    """
-
-    name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_size: int = 0
-
-    def __post_init__(self) -> None:
-        for part in ("train", "test"):
-            images: Tensor = getattr(self, f"{part}_images")
-            labels: Tensor = getattr(self, f"{part}_labels")
-            if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
-                _check.fail(
-                    f"data {self.name}",
-                    f"{part}_images",
-                    f"{tuple(images.shape)} of {images.dtype}",
-                    "(N, C, H, W) of torch.uint8, not empty",
-                    "scale images to 0..255 and convert them with .to(torch.uint8)",
-                )
-            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-                _check.fail(
-                    f"data {self.name}",
-                    f"{part}_labels",
-                    f"{tuple(labels.shape)} of {labels.dtype}",
-                    f"({images.shape[0]},) of torch.int64, one for each image",
-                    "give one class number for each image",
-                )
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= self.num_classes:
-                _check.fail(
-                    f"data {self.name}",
-                    f"{part}_labels",
-                    f"values from {low} to {high}",
-                    f"values from 0 to {self.num_classes - 1}",
-                    "number the classes from 0, or raise num_classes",
-                )
-        channels = self.train_images.shape[1]
-        if self.train_images.shape[1:] != self.test_images.shape[1:]:
-            _check.fail(
-                f"data {self.name}",
-                "test_images",
-                f"images of {tuple(self.test_images.shape[1:])}",
-                f"the shape of the training images, {tuple(self.train_images.shape[1:])}",
-                "resize one of the two",
-            )
-        if len(self.mean) != channels or len(self.std) != channels or not all(s > 0 for s in self.std):
-            _check.fail(
-                f"data {self.name}",
-                "mean and std",
-                f"{self.mean} and {self.std}",
-                f"{channels} numbers each, std above 0",
-                "give one mean and one standard deviation for each channel",
-            )
-        if not self.image_size:
-            object.__setattr__(self, "image_size", self.train_images.shape[2])
-        if self.image_size < 1:
-            _check.fail(
-                f"data {self.name}",
-                "image_size",
-                self.image_size,
-                "a positive number of pixels",
-                "give 28, for example",
-            )
-
-    @property
-    def channels(self) -> int:
-        """Channels of an image."""
-        return self.train_images.shape[1]
-
-    def to_input(self, images: Tensor) -> Tensor:
-        """Normalise (and resize where needed) a batch, on the device it is on.
-
-        Args:
-            images: ``(B, C, H, W)`` uint8.
-
-        Returns:
-            ``(B, C, image_size, image_size)`` float32 of about zero mean and unit variance.
-        """
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        x = images.float().div_(255).sub_(mean).div_(std)
-        if tuple(x.shape[2:]) != (self.image_size, self.image_size):
-            x = functional.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
-        return x
-
-    def limited(self, train: int | None = None, test: int | None = None) -> ImageData:
-        """The first ``train`` training and ``test`` test images, for quick tries; ``None`` keeps all."""
-        for name, limit in (("train_limit", train), ("test_limit", test)):
-            if limit is not None and limit < 1:
-                _check.fail("data", name, limit, "at least 1", "leave it out to use every image")
-        return replace(
-            self,
-            train_images=self.train_images[:train],
-            train_labels=self.train_labels[:train],
-            test_images=self.test_images[:test],
-            test_labels=self.test_labels[:test],
-        )
-
-    def fingerprint(self) -> str:
-        """Eight hexadecimal digits that change when any image, label or the size handed to the network does."""
-        crc = zlib.crc32(repr((self.mean, self.std, self.image_size, self.num_classes)).encode())
-        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            crc = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
-        return f"{crc:08x}"
+_HUB_SETS = {
+    "cifar10": HubSet("uoft-cs/cifar10", None, "img", "label", ("test",), 10),
+    "svhn": HubSet("ufldl-stanford/svhn", "cropped_digits", "image", "label", ("test",), 10),
+    "imagenet": HubSet("ILSVRC/imagenet-1k", None, "image", "label", ("validation", "val", "test"), 1000),
+}
+# Of the images scaled to [0, 1].
+_CONSTANTS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 
 def names() -> list[str]:
@@ -187,23 +84,27 @@ def load(
     image_size: int | None = None,
     train_limit: int | None = None,
     test_limit: int | None = None,
-) -> ImageData:
+) -> Images:
     """Load a named set.
 
     ``fashion-mnist`` is looked for in this order; the first place that has it is used: ``data_dir`` (then nowhere
     else), the directory in the environment variable ``SPECTRITON_DATA_DIR``, Debian's package
     ``dataset-fashion-mnist``, the hub through the ``datasets`` package where that is installed.
 
+    ``cifar10``, ``svhn`` and ``imagenet`` are looked for in ``data_dir`` (then nowhere else), in a folder of their name
+    in ``SPECTRITON_DATA_DIR``, on the hub. What may lie there is in :mod:`spectriton.image_tables`. A folder of images
+    under the name ``imagenet`` may be another set: its class folders are counted.
+
     Args:
         name: one of :func:`names`.
-        data_dir: directory with the set's own files, gzipped or plain.
+        data_dir: directory with the set's own files.
         image_size: edge in pixels that the network is given; the set's own where left out.
         train_limit, test_limit: keep only the first so many images.
 
     Raises:
         ValueError: unknown name, a bad limit or size, or a damaged file.
         FileNotFoundError: the files are nowhere to be found.
-        ImportError: scikit-learn is needed and not installed.
+        ImportError: a package is needed and not installed.
     """
     _check.check_choice("data.load", "name", name, names())
     data = _LOADERS[name](Path(data_dir) if data_dir is not None else None).limited(train_limit, test_limit)
@@ -347,26 +248,14 @@ def _read_fashion(place: Path) -> dict[str, Tensor]:
 
 
 def _fashion_from_hub() -> dict[str, Tensor]:
-    def nowhere(got: str) -> NoReturn:
-        _check.fail(
-            "data.load fashion-mnist",
-            "data",
-            got,
-            f"the four IDX files or the data set {_HUB_NAME}",
-            "give --data-dir DIRECTORY with the four files (train-images-idx3-ubyte.gz, ...), or set "
-            f"{DATA_DIR_VARIABLE} to it, or install Debian's package dataset-fashion-mnist, or "
-            'pip install "spectriton[hub]" to fetch it from the hub; --data digits needs no files',
-            kind=FileNotFoundError,
-        )
-
-    try:
-        datasets: Any = require("datasets")
-    except ImportError:
-        nowhere("not found on this machine, and the package datasets is not installed")
-    try:
-        parts = datasets.load_dataset(_HUB_NAME)
-    except Exception as error:  # the hub's client raises many kinds, for one reason: the data cannot be had
-        nowhere(f"not found on this machine, and the hub gave {type(error).__name__}: {error}")
+    ways = (
+        "give --data-dir DIRECTORY with the four files (train-images-idx3-ubyte.gz, ...), or set "
+        f"{DATA_DIR_VARIABLE} to it, or install Debian's package dataset-fashion-mnist, or "
+        'pip install "spectriton[hub]" to fetch it from the hub; --data digits needs no files'
+    )
+    expected = f"the four IDX files or the data set {_HUB_NAME}"
+    with _from_the_hub("fashion-mnist", expected, ways):
+        parts = require("datasets", extra="hub").load_dataset(_HUB_NAME)
     tensors = {}
     for part in ("train", "test"):
         # Column by column as raw pixels: PIL's tobytes needs neither numpy nor a dependency of ours.
@@ -376,4 +265,64 @@ def _fashion_from_hub() -> dict[str, Tensor]:
     return tensors
 
 
-_LOADERS: dict[str, Callable[[Path | None], ImageData]] = {"digits": _digits, "fashion-mnist": _fashion_mnist}
+@contextmanager
+def _from_the_hub(name: str, expected: str, ways: str) -> Iterator[None]:
+    """Says how else a set can be had where the block cannot fetch it."""
+    try:
+        yield
+    except Exception as error:  # the hub's client raises many kinds, for one reason: the data cannot be had
+        got = f"the hub gave {type(error).__name__}: {error}"
+        if isinstance(error, ImportError):
+            got = "the package datasets is not installed"
+        _check.fail(
+            f"data.load {name}", "data", f"not found on this machine, and {got}", expected, ways, FileNotFoundError
+        )
+
+
+def _tables(name: str, data_dir: Path | None, in_memory: bool) -> tuple[ImageTable, ImageTable, int]:
+    """Training and test images of a set of the hub, and the number of classes."""
+    hub = _HUB_SETS[name]
+    if data_dir is None and os.environ.get(DATA_DIR_VARIABLE):
+        place = Path(os.environ[DATA_DIR_VARIABLE]) / name
+        data_dir = place if place.is_dir() else None
+    if data_dir is not None:
+        return from_directory(hub, data_dir, in_memory)
+    ways = (
+        f"give --data-dir DIRECTORY with its files, or set {DATA_DIR_VARIABLE} to a directory with a folder {name}, or "
+        'pip install "spectriton[hub]" to fetch it from the hub; --data digits needs no files'
+    )
+    with _from_the_hub(name, f"parquet files, folders of images, or the data set {hub.repository}", ways):
+        return from_hub(hub, "train"), from_hub(hub, "test"), hub.classes
+
+
+def _small_set(name: str, augmentation: Augmentation, data_dir: Path | None) -> ImageData:
+    """A set of 32x32 images in colour, all in memory."""
+    train, test, classes = _tables(name, data_dir, in_memory=True)
+    mean, std = _CONSTANTS[name]
+    stacks = (_stack(name, train), _stack(name, test))
+    return ImageData(
+        name, stacks[0], train.labels, stacks[1], test.labels, classes, mean, std, augmentation=augmentation
+    )
+
+
+def _stack(name: str, table: ImageTable) -> Tensor:
+    images = np.empty((len(table), 32, 32, 3), dtype=np.uint8)
+    for index in range(len(table)):
+        image = table.image(index)
+        if image.size != (32, 32):
+            _check.fail(f"data.load {name}", f"image {index}", f"{image.size} pixels", "(32, 32)", "fetch it again")
+        images[index] = image
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _imagenet(data_dir: Path | None) -> StreamedImages:
+    return StreamedImages("imagenet", *_tables("imagenet", data_dir, in_memory=False), *_CONSTANTS["imagenet"])
+
+
+_LOADERS: dict[str, Callable[[Path | None], Images]] = {
+    "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": partial(_small_set, "cifar10", Augmentation(shift=4, flip=True)),
+    "svhn": partial(_small_set, "svhn", Augmentation(shift=4)),  # a mirrored digit is none
+    "imagenet": _imagenet,
+}

@@ -19,12 +19,13 @@ from spectriton._backend import backend_name, workspace_bytes
 _PACKAGES = ("torch", "triton", "numpy", "spectriton")
 
 
-def require(module: str, package: str | None = None) -> ModuleType:
+def require(module: str, package: str | None = None, extra: str = "apps") -> ModuleType:
     """Import an optional module on first use.
 
     Args:
         module: dotted name, such as ``"matplotlib.figure"``.
         package: what to call it in the message; the first part of ``module`` where left out.
+        extra: of this project, which brings it.
 
     Raises:
         ImportError: it is not installed; the message names the extra that brings it.
@@ -33,7 +34,7 @@ def require(module: str, package: str | None = None) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         name = package or module.split(".")[0]
-        raise ImportError(f'{name} is not installed; run: pip install "spectriton[apps]"') from error
+        raise ImportError(f'{name} is not installed; run: pip install "spectriton[{extra}]"') from error
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class FrequencyGrid:
         """Number of stored frequencies ``F``."""
         return self.index.numel()
 
-    @property
+    @cached_property
     def self_conjugate(self) -> Tensor:
         """``(<= 4,)`` int64: rows of the frequencies that are their own conjugate, whose coefficients are real."""
         return torch.nonzero(self.weight == 1).flatten()
@@ -115,49 +116,94 @@ def stored_frequencies(height: int, width: int) -> int:
     return height * (width // 2 + 1 - columns) + columns * (height // 2 + 1)
 
 
-def _phase(grid: FrequencyGrid, kernel_size: tuple[int, int], rows: slice | Tensor) -> Tensor:
-    """``(Fc, kh * kw)`` complex128: ``exp(+2 pi i k.(t - centre) / N)``.
+class Aliases(NamedTuple):
+    """Which frequencies of maps fold onto each frequency of the maps taken at every ``stride``-th position.
+
+    Attributes:
+        rows: ``(A, F_out)`` int64: a stored frequency of the large maps, for each of ``A`` aliases.
+        conjugate: ``(A, F_out)`` bool: it is the conjugate of the stored coefficient that folds there.
+        factor: ``(A, F_out)`` float64: by what it is multiplied, 0 where there is no further alias. Onto a frequency
+            that is its own conjugate fold both halves of a pair: it is listed once, with twice the factor, and the
+            real part of the sum is meant.
+        real: ``(<= 4,)`` int64: those frequencies.
+    """
+
+    rows: Tensor
+    conjugate: Tensor
+    factor: Tensor
+    real: Tensor
+
+
+@lru_cache(maxsize=64)
+def aliases(grid: FrequencyGrid, stride: tuple[int, int]) -> Aliases:
+    """The :class:`Aliases` of maps on ``grid`` whose height and width are multiples of ``stride``."""
+    height, width = grid.height // stride[0], grid.width // stride[1]
+    out = frequency_grid(height, width)
+    half = grid.half_width
+    row_of = torch.full((grid.height * half,), -1, dtype=torch.int64)
+    row_of[grid.index.cpu()] = torch.arange(grid.count)
+    shifts = torch.cartesian_prod(torch.arange(stride[0]) * height, torch.arange(stride[1]) * width).view(-1, 2, 1)
+    ky, kx = (out.ky + shifts[:, 0]) % grid.height, (out.kx + shifts[:, 1]) % grid.width
+    conjugate = torch.where(kx < half, row_of[ky * half + kx.clamp(max=half - 1)], -1) < 0
+    ky, kx = (torch.where(conjugate, -k % n, k) for k, n in ((ky, grid.height), (kx, grid.width)))
+    rows = row_of[ky * half + kx]
+    factor = torch.full(rows.shape, (stride[0] * stride[1]) ** -0.5, dtype=torch.float64)
+    real = out.self_conjugate
+    factor[:, real] *= torch.where(conjugate[:, real], 0, grid.weight.cpu()[rows[:, real]])
+    device = grid.index.device
+    return Aliases(*(t.to(device) for t in (rows, conjugate, factor, real)))
+
+
+def _phase(
+    grid: FrequencyGrid, kernel_size: tuple[int, int], dilation: tuple[int, int], rows: slice | Tensor
+) -> Tensor:
+    """``(Fc, kh * kw)`` complex128: ``exp(+2 pi i k.(d t - centre) / N)``.
 
     Phases are reduced in integers before the exponential, and the quarter turns are exact: a purely real frequency
     gets a purely real basis.
     """
     device = grid.index.device
     factors = []
-    for frequency, taps, size in ((grid.ky, kernel_size[0], grid.height), (grid.kx, kernel_size[1], grid.width)):
+    sizes = ((grid.ky, grid.height), (grid.kx, grid.width))
+    for (frequency, size), taps, step in zip(sizes, kernel_size, dilation, strict=True):
         steps = torch.arange(size, device=device)
         angle = steps.to(torch.float64) * (2 * torch.pi / size)
         roots = torch.complex(angle.cos(), angle.sin())
         for quarter, exact in enumerate((1, 1j, -1, -1j)):
             roots.masked_fill_(4 * steps == quarter * size, exact)
-        position = torch.arange(taps, device=device) - (taps - 1) // 2
+        position = torch.arange(taps, device=device) * step - step * (taps - 1) // 2
         factors.append(roots[(frequency[rows, None] * position) % size])
     return (factors[0][:, :, None] * factors[1][:, None, :]).flatten(1)
 
 
 @lru_cache(maxsize=64)
 def _cached_basis(
-    height: int, width: int, kernel_size: tuple[int, int], dtype: torch.dtype, device: torch.device
+    grid: FrequencyGrid, kernel_size: tuple[int, int], dilation: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    grid = frequency_grid(height, width, device)
-    return torch.view_as_real(_phase(grid, kernel_size, slice(None))).to(dtype)
+    return torch.view_as_real(_phase(grid, kernel_size, dilation, slice(None))).to(dtype)
 
 
-def tap_basis(grid: FrequencyGrid, kernel_size: tuple[int, int], rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+def tap_basis(
+    grid: FrequencyGrid,
+    kernel_size: tuple[int, int],
+    rows: slice | Tensor | None,
+    dtype: torch.dtype,
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
     """Fourier basis of the taps of a kernel centred as in ``nn.Conv2d(padding="same")``.
 
     Args:
         grid: frequencies of the map.
         kernel_size: ``(kh, kw)``.
-        rows: ``(Fc,)`` int64 frequencies wanted, all of them for None.
+        rows: frequencies wanted, as a range or ``(Fc,)`` int64; all of them for None.
         dtype: real dtype of the result.
+        dilation: ``(dy, dx)``, distances between the taps.
 
     Returns:
         ``(Fc, kh * kw, 2)``: real and imaginary part of
-        ``exp(+2 pi i (ky (ty - (kh-1)//2) / H + kx (tx - (kw-1)//2) / W))``.
+        ``exp(+2 pi i (ky (dy ty - dy (kh-1)//2) / H + kx (dx tx - dx (kw-1)//2) / W))``.
     """
-    device = grid.index.device
-    bytes_needed = grid.count * kernel_size[0] * kernel_size[1] * 2 * dtype.itemsize
-    if bytes_needed <= _BASIS_CACHE_BYTES:
-        basis = _cached_basis(grid.height, grid.width, kernel_size, dtype, device)
-        return basis if rows is None else basis[rows]
-    return torch.view_as_real(_phase(grid, kernel_size, slice(None) if rows is None else rows)).to(dtype)
+    chosen = slice(None) if rows is None else rows
+    if grid.count * kernel_size[0] * kernel_size[1] * 2 * dtype.itemsize <= _BASIS_CACHE_BYTES:
+        return _cached_basis(grid, kernel_size, dilation, dtype)[chosen]
+    return torch.view_as_real(_phase(grid, kernel_size, dilation, chosen)).to(dtype)

@@ -28,6 +28,9 @@ VALUE_DTYPES: dict[str, torch.dtype] = {
     "int4": torch.uint8,
 }
 
+#: Formats with one scale a tile.
+QUANTISED = ("int8", "int4")
+
 
 def tile_size(batch: int, channels: int, height: int, width: int) -> int:
     """Coefficients in a tile for maps of this shape: a power of two from 32 to 1024.

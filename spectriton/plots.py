@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from spectriton import environment
-from spectriton.report import conditions
+from spectriton.report import conditions, networks
 
 # Okabe and Ito's blue and vermillion; line style and hatching tell the two apart in grey as well. The dashed line lies
 # on top, so that both are seen where they agree.
@@ -15,8 +16,20 @@ _STYLE = {
     "spatial": {"color": "#0072B2", "linestyle": "--", "marker": "s", "zorder": 4},
     "spectral": {"color": "#D55E00", "linestyle": "-", "marker": "o", "zorder": 3},
 }
+# Okabe and Ito's others, and markers that go with them, for networks beside one another.
+_NETWORKS = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+    ("#000000", "X"),
+    ("#8C564B", "*"),
+)
 _GREY = "#555555"
 _MIB = float(1 << 20)
+_KINDS = (("average", "-"), ("peak", "--"))
 
 
 def _figure(width: float, height: float) -> Any:
@@ -26,7 +39,7 @@ def _figure(width: float, height: float) -> Any:
 
 def _finish(figure: Any, title: str, report: Mapping[str, Any], path: Path) -> None:
     config = report["config"]
-    figure.suptitle(f"{title}: {config['model']} on {config['data']}", fontsize=12, fontweight="bold")
+    figure.suptitle(f"{title}: {networks(config)} on {config['data']}", fontsize=12, fontweight="bold")
     figure.supxlabel(conditions(report), fontsize=7, color=_GREY)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -156,3 +169,99 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
     right.set_title("coefficients kept (%)", loc="left", fontsize=10)
     _tidy(right, "x")
     _finish(figure, "Memory", report, path)
+
+
+def draw_thresholds(result: Mapping[str, Any], path: Path) -> None:
+    """Fig. 1 of the paper: memory relative to the spatial network, and error rate, against the threshold.
+
+    Means over seeds; bars are standard deviations, from two seeds on. *State* is parameters, gradients and optimiser.
+
+    Args:
+        result: as :func:`spectriton.sweep.sweep` returns it.
+        path: PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(12.0, 4.1)
+    everything, beyond, errors = figure.subplots(1, 3)
+    line = environment.require("matplotlib.lines").Line2D
+    spread = len(result["config"]["seeds"]) > 1
+    for (colour, marker), model in zip(_NETWORKS * 2, result["config"]["models"], strict=False):
+        rows = [row for row in result["rows"] if row["network"] == model]
+        twins = [row for row in rows if row["variant"] == "spectral"]
+        levels = [row["threshold"] for row in twins]
+        for axes, kind in ((everything, ""), (beyond, "_beyond_state")):
+            for quantity, style in _KINDS:
+                ratios = [100 * row[f"{quantity}{kind}_ratio"] for row in twins]
+                axes.plot(levels, ratios, style, color=colour, marker=marker, markersize=4, linewidth=1.5)
+        deviations = [100 * (row["test_accuracy_sd"] or 0) for row in twins]
+        rates = [100 * (1 - row["test_accuracy"]) for row in twins]
+        errors.errorbar(
+            levels, rates, deviations if spread else None, color=colour, marker=marker, markersize=4, linewidth=1.5,
+            capsize=3, label=model,
+        )  # fmt: skip
+        for row in rows:
+            if row["variant"] == "spatial":
+                errors.axhline(100 * (1 - row["test_accuracy"]), color=colour, linestyle=":", linewidth=1.2)
+    everything.set_title("memory, everything alive (% of spatial)", loc="left", fontsize=10)
+    beyond.set_title("memory beyond state (% of spatial)", loc="left", fontsize=10)
+    errors.set_title("test error (%)", loc="left", fontsize=10)
+    top = max(everything.get_ylim()[1], beyond.get_ylim()[1], 105)
+    for axes in (everything, beyond):
+        axes.axhline(100, color=_GREY, linewidth=0.8)
+        axes.set_ylim(top=top)
+    styles = (*_KINDS, ("spatial", ":"))
+    proxies = [line([], [], color=_GREY, linestyle=style, label=name) for name, style in styles]
+    handles = [*errors.get_legend_handles_labels()[0], *proxies]
+    figure.legend(handles=handles, fontsize=8, frameon=False, loc="outside right center")
+    for axes in (everything, beyond, errors):
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("threshold (modulus of the ortho spectrum)", fontsize=9)
+        axes.set_xticks(result["config"]["thresholds"])
+        _tidy(axes, "both")
+    _finish(figure, "Memory and error against the threshold", result, path)
+
+
+def draw_sweep_curves(result: Mapping[str, Any], path: Path) -> None:
+    """Fig. 2 of the paper: test accuracy and training loss against the epoch, a column for each network.
+
+    Means over seeds; the spatial network is dashed, thresholds run from dark to light.
+
+    Args:
+        result: as :func:`spectriton.sweep.sweep` returns it.
+        path: PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    config = result["config"]
+    figure = _figure(2.2 + max(4.5, 3.4 * len(config["models"])), 6.0)
+    panels = figure.subplots(2, len(config["models"]), sharex=True, squeeze=False)
+    ticker = environment.require("matplotlib.ticker")
+    shades = environment.require("matplotlib").colormaps["plasma"]
+    levels = [None, *config["thresholds"]]
+    for column, model in enumerate(config["models"]):
+        for number, level in enumerate(levels):
+            histories = [c["history"] for c in result["cells"] if (c["model"], c["threshold"]) == (model, level)]
+            style = {"color": "black", "linestyle": "--", "zorder": 3}
+            if level is not None:
+                style = {"color": shades(0.85 * (number - 1) / max(1, len(levels) - 2)), "linestyle": "-"}
+            epochs = [record["epoch"] for record in histories[0]]
+            marker = "o" if len(epochs) == 1 else None
+            for row, (quantity, scale) in enumerate((("test_accuracy", 100.0), ("train_loss", 1.0))):
+                curves = zip(*([scale * record[quantity] for record in history] for history in histories), strict=True)
+                panels[row, column].plot(
+                    epochs, [mean(values) for values in curves], marker=marker, linewidth=1.5,
+                    label="spatial" if level is None else f"threshold {level:g}", **style,
+                )  # fmt: skip
+        panels[0, column].set_title(model, loc="left", fontsize=10)
+        panels[1, column].set_xlabel("epoch")
+        panels[1, column].set_ylim(0, 1.05 * panels[1, column].get_ylim()[1])
+        panels[1, column].xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+    panels[0, 0].set_ylabel("test accuracy (%)")
+    panels[1, 0].set_ylabel("training loss (cross entropy)")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right center")
+    for axes in panels.flat:
+        _tidy(axes, "both")
+    _finish(figure, "Training", result, path)

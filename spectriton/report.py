@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TextIO
@@ -45,57 +45,76 @@ _ROWS = (
 def assemble(
     spatial: dict[str, Any], spectral: dict[str, Any], config: dict[str, Any], device: torch.device | None = None
 ) -> dict[str, Any]:
-    """A report of two networks' results, with ratios and the environment. A ratio over zero is ``None``."""
-    ratio = {key: spectral[key] / spatial[key] if spatial[key] else None for key in RATIO_KEYS}
+    """A report of two networks' results, with ratios and the environment."""
     return {
         "spatial": spatial,
         "spectral": spectral,
-        "ratio": ratio,
+        "ratio": ratios(spatial, spectral),
         "config": config,
         "environment": environment.collect(device),
     }
+
+
+def ratios(spatial: Mapping[str, Any], spectral: Mapping[str, Any]) -> dict[str, float | None]:
+    """One network's figures over another's; ``None`` where that is over zero."""
+    return {key: spectral[key] / spatial[key] if spatial[key] else None for key in RATIO_KEYS}
 
 
 def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One report of several seeds' reports: means everywhere, ratios of the means, and the reports as ``runs``."""
     config = {**runs[0]["config"], "seeds": [run["config"]["seed"] for run in runs]}
     del config["seed"]
-    merged = assemble(_mean([run["spatial"] for run in runs]), _mean([run["spectral"] for run in runs]), config)
+    merged = assemble(mean_of([run["spatial"] for run in runs]), mean_of([run["spectral"] for run in runs]), config)
     return {**merged, "environment": runs[0]["environment"], "runs": list(runs)}
 
 
-def _mean(values: Sequence[Any]) -> Any:
+def mean_of(values: Sequence[Any]) -> Any:
     """Mean of numbers, through dictionaries and lists of one structure."""
     first = values[0]
     if isinstance(first, dict):
-        return {key: _mean([value[key] for value in values]) for key in first}
+        return {key: mean_of([value[key] for value in values]) for key in first}
     if isinstance(first, list):
-        return [_mean(column) for column in zip(*values, strict=True)]
+        return [mean_of(column) for column in zip(*values, strict=True)]
     return first if all(value == first for value in values) else mean(values)
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write strict JSON (no NaN), in one step: a reader sees the old file or the new one."""
+    write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file in one step: a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def networks(config: Mapping[str, Any]) -> str:
+    """The names of the networks of a report's settings."""
+    return ", ".join(config.get("models") or [config["model"]])
 
 
 def conditions(report: Mapping[str, Any]) -> str:
     """Under what conditions a report's numbers were found, in two lines."""
     config, env = report["config"], report["environment"]
-    kept = f"threshold {config['threshold']:g}, {config['value_dtype']} values"
+    kept = f"{config['value_dtype']} values"
+    if "threshold" in config:
+        kept = f"threshold {config['threshold']:g}, {kept}"
     seeds = config.get("seeds")
     parts = [
-        f"{config['model']} on {config['data']}",
+        f"{networks(config)} on {config['data']}",
         kept + (", as in the paper" if config["paper"] else ""),
+        f"{config['epochs']} epochs",
         f"batch {config['batch_size']}",
         f"{config['optimizer']}, lr {config['lr']:g}",
         f"seeds {', '.join(map(str, seeds))}" if seeds else f"seed {config['seed']}",
     ]
     if config["amp"] != "none":
         parts.append(f"autocast {config['amp']}")
+    if config["width"] != 1:
+        parts.append(f"width {config['width']:g}")
     if config["image_size"]:
         parts.append(f"resized to {config['image_size']}x{config['image_size']}")
     for part in ("train", "test"):
@@ -160,15 +179,26 @@ def print_report(report: Mapping[str, Any], stream: TextIO | None = None) -> Non
     Raises:
         ImportError: rich is not installed.
     """
+    print_table(rows(report), conditions(report), stream)
+
+
+def print_table(rows: Iterable[tuple[str, ...]], note: str, stream: TextIO | None = None) -> None:
+    """Print rows of text, their header first, with a note below.
+
+    Raises:
+        ImportError: rich is not installed.
+    """
     console = environment.require("rich.console").Console(file=stream or sys.stdout)
-    header, *body = rows(report)
-    table = environment.require("rich.table").Table()
+    header, *body = rows
+    table = environment.require("rich.table").Table(
+        box=environment.require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for position, title in enumerate(header):
-        table.add_column(title, justify="right" if position else "left")
+        table.add_column(title, justify="right" if position else "left", no_wrap=True)
     for row in body:
         table.add_row(*row)
     console.print(table)
-    console.print(conditions(report), style="dim", highlight=False, soft_wrap=True)
+    console.print(note, style="dim", highlight=False, soft_wrap=True)
 
 
 class PlainProgress:

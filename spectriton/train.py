@@ -15,11 +15,9 @@ import random
 import threading
 import time
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -30,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectriton import _check
-from spectriton.data import ImageData
+from spectriton.images import Images
 
 OPTIMIZERS = ("sgd", "adam")
 AMP_MODES = ("none", "bf16")
@@ -39,6 +37,8 @@ AMP_MODES = ("none", "bf16")
 # what any epoch computes. The learning rate depends on the epoch alone, so a run can be extended.
 _FREE_SETTINGS = frozenset({"epochs", "workers"})
 _CHECKPOINT_FORMAT = 1
+# With fewer classes, five guesses say little.
+_TOP5_FROM = 100
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class TrainConfig:
         seed: of everything random in a run.
         device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         amp: ``"bf16"`` for autocast, or ``"none"``.
-        workers: threads that fetch batches ahead of the step; 0 fetches in line.
+        workers: threads (for streamed images, processes) that fetch batches ahead of the step; 0 fetches in line.
+        augment: augment training images as their set says; off, they are what test images are.
 
     Raises:
         ValueError: a value out of range, or CUDA asked for where there is none.
@@ -73,6 +74,7 @@ class TrainConfig:
     device: str = "auto"
     amp: str = "none"
     workers: int = 0
+    augment: bool = True
 
     def __post_init__(self) -> None:
         checks: list[tuple[str, bool, str]] = [
@@ -166,11 +168,13 @@ class Evaluation:
     Attributes:
         loss: mean cross entropy.
         accuracy: fraction in [0, 1].
+        top5_accuracy: fraction whose class is among the five with the highest scores; ``None`` below 100 classes.
         density: mean fraction of kept coefficients in [0, 1], for each block that reports one.
     """
 
     loss: float
     accuracy: float
+    top5_accuracy: float | None
     density: dict[str, float]
 
 
@@ -180,8 +184,8 @@ class TrainResult:
 
     Attributes:
         history: one entry an epoch: ``epoch`` (from 1), ``lr``, ``train_loss``, ``train_accuracy``, ``test_loss``,
-            ``test_accuracy`` (fractions in [0, 1]), ``seconds`` (training only) and, where the network has packing
-            blocks, ``density`` (of the test pass, by block).
+            ``test_accuracy`` (fractions in [0, 1]), ``seconds`` (training only), from 100 classes on
+            ``test_top5_accuracy`` and, where the network has packing blocks, ``density`` (of the test pass, by block).
         resumed_epochs: whole epochs that were read from the checkpoint.
     """
 
@@ -337,7 +341,6 @@ def training_step(
     return loss.detach(), right
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     images: Tensor,
@@ -359,29 +362,50 @@ def evaluate(
         amp: as in :class:`TrainConfig`.
     """
     device = _device_of(model)
+    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    return _evaluate(model, _moved(batches, device), device, to_input or (lambda batch: batch), amp)
+
+
+@torch.no_grad()
+def _evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    to_input: Callable[[Tensor], Tensor],
+    amp: str,
+) -> Evaluation:
+    """:func:`evaluate` on batches that are on the device."""
     was_training = model.training
     model.eval()
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
-    total_right = torch.zeros((), dtype=torch.int64, device=device)
+    right = torch.zeros(2, dtype=torch.int64, device=device)  # first guess, first five guesses
     density: dict[str, float] = {}
+    count, classes = 0, 0
     try:
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size].to(device)
-            target = labels[start : start + batch_size].to(device)
+        for images, labels in batches:
             with _autocast(device, amp):
-                scores = model(to_input(batch) if to_input is not None else batch)
-                total_loss += functional.cross_entropy(scores, target, reduction="sum")
-            total_right += (scores.argmax(1) == target).sum()
+                scores = model(to_input(images))
+                total_loss += functional.cross_entropy(scores, labels, reduction="sum")
+            classes = scores.shape[1]
+            hits = scores.topk(min(5, classes)).indices == labels[:, None]
+            right += torch.stack((hits[:, 0].sum(), hits.sum()))
+            count += len(labels)
             for name, value in block_densities(model).items():
-                density[name] = density.get(name, 0.0) + value * len(batch) / len(images)
+                density[name] = density.get(name, 0.0) + value * len(labels)
     finally:
         model.train(was_training)
-    return Evaluation(float(total_loss) / len(images), int(total_right) / len(images), density)
+    first, first_five = (value / count for value in right.tolist())
+    return Evaluation(
+        float(total_loss) / count,
+        first,
+        first_five if classes >= _TOP5_FROM else None,
+        {name: value / count for name, value in density.items()},
+    )
 
 
 def train(
     model: nn.Module,
-    data: ImageData,
+    data: Images,
     config: TrainConfig,
     *,
     title: str = "model",
@@ -418,8 +442,8 @@ def train(
     identity = {
         **{key: value for key, value in asdict(config).items() if key not in _FREE_SETTINGS},
         "device": device.type,
-        "train_images": len(data.train_images),
-        "test_images": len(data.test_images),
+        "train_images": data.count("train"),
+        "test_images": data.count("test"),
         "image_size": data.image_size,
         "data_fingerprint": data.fingerprint(),
         **(checkpoint.identity if checkpoint else {}),
@@ -474,7 +498,8 @@ def train(
             }
         )
 
-    plan = _batch_count(len(data.train_images), config.batch_size)
+    images_of_epoch = data.count("train")
+    plan = _batch_count(images_of_epoch, config.batch_size)
     shown.begin(title, config.epochs, plan, epoch * plan + batch)
     model.train()
     try:
@@ -482,8 +507,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(epoch)
             clock = saved = time.perf_counter()
-            order = _order(len(data.train_images), config.seed, epoch)
-            for images, labels in _batches(data, order, config, device, skip=batch):
+            for images, labels in _training_batches(data, config, device, epoch, skip=batch):
                 loss, right = training_step(model, optimizer, data.to_input(images), labels, config.amp)
                 loss_sum += loss * len(labels)
                 right_sum += right
@@ -497,17 +521,10 @@ def train(
                     clock = saved = time.perf_counter()
                     if asked:
                         raise Interrupted(f"stopped in epoch {epoch + 1} after {batch} of {plan} steps")
-            count = min(plan * config.batch_size, len(data.train_images))
+            count = min(plan * config.batch_size, images_of_epoch)
             train_loss, train_right = float(loss_sum) / count, int(right_sum)  # waits for the device
             seconds += time.perf_counter() - clock
-            tested = evaluate(
-                model,
-                data.test_images,
-                data.test_labels,
-                to_input=data.to_input,
-                batch_size=config.batch_size,
-                amp=config.amp,
-            )
+            tested = _evaluate(model, _test_batches(data, config, device), device, data.to_input, config.amp)
             if not math.isfinite(train_loss + tested.loss):
                 raise Diverged(
                     f"{title}: training diverged in epoch {epoch + 1} (training loss {train_loss:g}, test loss "
@@ -522,6 +539,8 @@ def train(
                 "test_accuracy": tested.accuracy,
                 "seconds": seconds,
             }
+            if tested.top5_accuracy is not None:
+                record["test_top5_accuracy"] = tested.top5_accuracy
             if tested.density:
                 record["density"] = tested.density
             history.append(record)
@@ -537,11 +556,10 @@ def train(
     return TrainResult(history, resumed)
 
 
-def training_batch(data: ImageData, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def training_batch(data: Images, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first batch of the first epoch, as :func:`train` sees it: ``(B, C, H, W)`` float and ``(B,)`` int64."""
-    order = _order(len(data.train_images), config.seed, 0)[: config.batch_size]
-    images = data.train_images.index_select(0, order).to(device)
-    return data.to_input(images), data.train_labels.index_select(0, order).to(device)
+    images, labels = next(_training_batches(data, replace(config, workers=0), device, epoch=0, skip=0))
+    return data.to_input(images), labels
 
 
 def _order(count: int, seed: int, epoch: int) -> Tensor:
@@ -556,33 +574,28 @@ def _batch_count(count: int, batch_size: int) -> int:
     return max(1, whole + (rest > 1 or (rest == 1 and batch_size == 1)))
 
 
-def _batches(
-    data: ImageData, order: Tensor, config: TrainConfig, device: torch.device, skip: int
+def _training_batches(
+    data: Images, config: TrainConfig, device: torch.device, epoch: int, skip: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of uint8 images and labels on the device, from batch ``skip`` on."""
-    pin = device.type == "cuda"
+    """Batches of uint8 images and labels of an epoch on the device, from batch ``skip`` on."""
+    order = _order(data.count("train"), config.seed, epoch)
+    size, pin = config.batch_size, device.type == "cuda"
+    chosen = [order[n * size : (n + 1) * size] for n in range(skip, _batch_count(len(order), size))]
+    draws = (config.seed, epoch) if config.augment else None
+    batches = data.batches("train", chosen, draws=draws, workers=config.workers, pin=pin)
+    for number, (images, labels) in enumerate(_moved(batches, device), skip):
+        yield images if draws is None else data.augment(images, (*draws, number)), labels
 
-    def fetch(number: int) -> tuple[Tensor, Tensor]:
-        chosen = order[number * config.batch_size : (number + 1) * config.batch_size]
-        images, labels = data.train_images.index_select(0, chosen), data.train_labels.index_select(0, chosen)
-        return (images.pin_memory(), labels.pin_memory()) if pin else (images, labels)
 
-    def move(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return batch[0].to(device, non_blocking=pin), batch[1].to(device, non_blocking=pin)
+def _test_batches(data: Images, config: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    chosen = torch.arange(data.count("test")).split(config.batch_size)
+    return _moved(data.batches("test", chosen, workers=config.workers, pin=device.type == "cuda"), device)
 
-    numbers = iter(range(skip, _batch_count(len(order), config.batch_size)))
-    if not config.workers:
-        for number in numbers:
-            yield move(fetch(number))
-        return
-    with ThreadPoolExecutor(config.workers) as pool:
-        waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
-        for number in numbers:
-            waiting.append(pool.submit(fetch, number))
-            if len(waiting) > 2 * config.workers:
-                yield move(waiting.popleft().result())
-        while waiting:
-            yield move(waiting.popleft().result())
+
+def _moved(batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches on the device; copies out of pinned memory are not waited for."""
+    for images, labels in batches:
+        yield images.to(device, non_blocking=images.is_pinned()), labels.to(device, non_blocking=labels.is_pinned())
 
 
 def _autocast(device: torch.device, amp: str) -> AbstractContextManager[None]:

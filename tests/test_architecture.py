@@ -22,6 +22,7 @@ LAYER_OF = {
     "reference": "reference",
     "_backend": "backend",
     "tuning": "backend",
+    "_mixing": "backend",
     "ops": "ops",
     "nn": "nn",
     "models": "models",
@@ -45,7 +46,18 @@ MAY_IMPORT = {
 MAY_IMPORT_BY_MODULE = {"memory": {"base", "ops"}}
 
 # Only applications may need what the extras install, and only they and the kernels may import triton.
-EXTRAS = {"datasets", "matplotlib", "mpl_toolkits", "rich", "scipy", "sklearn", "torchvision", "typer"}
+EXTRAS = {
+    "PIL",
+    "datasets",
+    "matplotlib",
+    "mpl_toolkits",
+    "pyarrow",
+    "rich",
+    "scipy",
+    "sklearn",
+    "torchvision",
+    "typer",
+}
 
 
 def sources() -> list[Path]:

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from spectriton._check import check_choice, fail
-from spectriton.models import lenet
-from spectriton.models._describe import Options, spatial_network, spectral_network
+from spectriton.models import alexnet, densenet, lenet, vgg
+from spectriton.models._describe import Layer, Options, spatial_network, spectral_network
 
-#: Networks by name: functions of (num_classes, in_channels, image_size) that give a description.
-NETWORKS = {"lenet": lenet.describe}
+
+class Network(NamedTuple):
+    """A network by its description.
+
+    Attributes:
+        describe: function of (num_classes, in_channels, image_size, width) that gives the layers.
+        initialise: draws the initial values as published; PyTorch's own stay where it is None.
+    """
+
+    describe: Callable[[int, int, int, float], list[Layer]]
+    initialise: Callable[[nn.Module], None] | None = None
+
+
+def _densenet(blocks: tuple[int, ...], growth: int, imagenet: bool = False) -> Network:
+    return Network(partial(densenet.describe, blocks=blocks, growth=growth, imagenet=imagenet), densenet.initialise)
+
+
+#: Networks by name.
+NETWORKS = {
+    "lenet": Network(lenet.describe),
+    "alexnet": Network(alexnet.describe),
+    "vgg16": Network(vgg.describe, vgg.initialise),
+    "vgg16_bn": Network(partial(vgg.describe, norm=True), vgg.initialise),
+    "densenet": _densenet((16, 16, 16), 12),
+    "densenet40": _densenet((6, 6, 6), 12),
+    "densenet121": _densenet((6, 12, 24, 16), 32, imagenet=True),
+    "densenet169": _densenet((6, 12, 32, 32), 32, imagenet=True),
+}
 
 VARIANTS = ("spatial", "spectral")
 
@@ -22,16 +51,22 @@ def build(
     num_classes: int = 10,
     in_channels: int = 3,
     image_size: int = 32,
+    *,
+    width: float = 1.0,
     **options: Any,
 ) -> nn.Sequential:
     """Build a network or its spectral twin.
 
-    Parameters that both have carry the same names, and under the same seed get the same initial values.
+    Parameters that both have carry the same names, and under the same seed get the same initial values. A batch norm
+    that follows a convolution is called ``<convolution>.norm`` in both.
 
     Args:
-        name: ``"lenet"``.
+        name: ``"lenet"``, ``"alexnet"``, ``"vgg16"``, ``"vgg16_bn"`` (with batch norm), ``"densenet"`` (BC, 100 layers,
+            growth 12, for small images), ``"densenet40"`` (the same with 40 layers), ``"densenet121"`` or
+            ``"densenet169"``. Images below 64 pixels get the small-image form of the networks for ImageNet.
         variant: ``"spatial"`` is the original as users run it, ``"spectral"`` the twin with packed feature maps.
         num_classes, in_channels, image_size: of the data; images are square.
+        width: multiplies the numbers of channels (the growth rate of a DenseNet) and of hidden features.
         **options: for the spectral variant, the fields of :class:`spectriton.models.Options` (``threshold=0.5``,
             ``paper=True``, ``value_dtype``, ...). Ignored by the spatial one, so that twins are built by one call.
 
@@ -46,9 +81,15 @@ def build(
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             fail("models.build", argument, value, "a positive int", "pass the number that the data have")
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not (math.isfinite(width) and width > 0):
+        fail("models.build", "width", width, "a number above 0", "pass 0.5 for half the channels")
     settings = Options.of("models.build", **options)
-    description = NETWORKS[name](num_classes, in_channels, image_size)
-    return spatial_network(description) if variant == "spatial" else spectral_network(description, settings)
+    chosen = NETWORKS[name]
+    description = chosen.describe(num_classes, in_channels, image_size, width)
+    network = spatial_network(description) if variant == "spatial" else spectral_network(description, settings)
+    if chosen.initialise is not None:
+        chosen.initialise(network)
+    return network
 
 
-__all__ = ["NETWORKS", "VARIANTS", "Options", "build"]
+__all__ = ["NETWORKS", "VARIANTS", "Network", "Options", "build"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any
 
 import torch
@@ -12,25 +13,82 @@ from torch import Tensor, nn
 
 from spectriton import nn as snn
 from spectriton._check import fail
+from spectriton.packed import PackedSpectrum
 
 
 @dataclass(frozen=True)
 class Conv:
-    """Convolution with its activation. ``padding`` is "same", or "valid" for none."""
+    """Convolution, batch norm where asked for, and activation.
+
+    Attributes:
+        name: of the module that holds the parameters, in both networks.
+        in_channels, out_channels, kernel_size, groups, bias: as for ``nn.Conv2d``; the kernel is odd and square.
+        stride: step. The twin takes its first sample at the first pixel whatever the padding, the original where
+            ``padding`` puts it.
+        padding: pixels on each side, "same" for ``(kernel_size - 1) // 2``, or "valid" for none.
+        norm: batch norm follows.
+        activation: an activation ends it.
+        deferred: in the original, which is a pre-activation network, norm and activation come at each consumer
+            (:class:`NormActivation`) and not here. The twin, which stores each map once, has them here: a norm for each
+            consumer would need a copy of the maps for each consumer.
+    """
 
     name: str
     in_channels: int
     out_channels: int
     kernel_size: int
-    padding: str = "same"
+    stride: int = 1
+    padding: int | str = "same"
+    groups: int = 1
+    bias: bool = True
+    norm: bool = False
+    activation: bool = True
+    deferred: bool = False
+
+    @property
+    def pad(self) -> int:
+        """Pixels of padding on each side."""
+        if isinstance(self.padding, int):
+            return self.padding
+        return (self.kernel_size - 1) // 2 if self.padding == "same" else 0
+
+
+@dataclass(frozen=True)
+class NormActivation:
+    """Batch norm and activation in front of a convolution, in the original only: see :attr:`Conv.deferred`."""
+
+    name: str
+    channels: int
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Dense connections: each branch works on the concatenation of the input and of all branches before it."""
+
+    name: str
+    branches: tuple[tuple[Conv | NormActivation, ...], ...]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Maximum of windows."""
+    """Maximum ("max") or mean ("avg") of windows; the step is the window where it is left out.
+
+    The mean of packed maps stays in the spectrum: its low frequencies are kept, which is the sharpest low-pass filter
+    there is before down-sampling.
+    """
 
     name: str
     kernel_size: int
+    kind: str = "max"
+    stride: int | None = None
+    padding: int = 0
+
+
+@dataclass(frozen=True)
+class GlobalAvgPool:
+    """Mean of each map: ``(B, C, H, W)`` to ``(B, C)``."""
+
+    name: str = "pool"
 
 
 @dataclass(frozen=True)
@@ -38,6 +96,14 @@ class Flatten:
     """Maps to vectors."""
 
     name: str = "flatten"
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Zeroes entries of vectors with probability ``p``."""
+
+    name: str
+    p: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -50,7 +116,7 @@ class Linear:
     last: bool = False
 
 
-Layer = Conv | Pool | Flatten | Linear
+Layer = Conv | NormActivation | Dense | Pool | GlobalAvgPool | Flatten | Dropout | Linear
 
 
 @dataclass(frozen=True)
@@ -60,8 +126,8 @@ class Options:
     Attributes:
         threshold: modulus of the ortho spectrum below which coefficients are dropped.
         density: instead of the threshold, the fraction of coefficients to keep.
-        paper: keep to arXiv 1905.10915: one threshold throughout, plain tanh, values in the precision of the network.
-            Of the settings below only ``workspace`` is looked at then.
+        paper: keep to arXiv 1905.10915: one threshold throughout, plain tanh, no batch norm, values in the precision of
+            the network. Of the settings below only ``workspace`` is looked at then.
         input_threshold: the threshold for the images themselves; few channels cost little, so all is kept by default.
         activation: see :class:`spectriton.nn.SpecBlock`.
         activation_scale: initial value of the learnt scale of the activation, in units of the ortho spectrum; None for
@@ -122,20 +188,73 @@ class Crop2d(nn.Module):
         return f"margin={self.margin}"
 
 
+class NormConv2d(nn.Conv2d):
+    """``nn.Conv2d`` and the ``nn.BatchNorm2d`` that follows it, as one module.
+
+    Its parameters are then called as those of the twin's block: ``weight``, ``norm.weight``, ``norm.running_mean``, ...
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **options: Any) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, **options)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+class DenseMaps(nn.Sequential):
+    """Dense connections of maps: ``(B, C, H, W)`` to ``(B, C + channels of all branches, H, W)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch in self:
+            x = torch.cat((x, branch(x)), 1)
+        return x
+
+
+class DensePacked(nn.Sequential):
+    """Dense connections of packed spectra: each is stored once, and the concatenation is a list of them."""
+
+    def forward(self, packed: PackedSpectrum) -> list[PackedSpectrum]:
+        maps = [packed]
+        for branch in self:
+            # A new list each time: whoever kept the last one (checkpointing, hooks) must not see it grow.
+            maps = [*maps, branch(maps)]
+        return maps
+
+
+def scaled(channels: int, width: float) -> int:
+    """A number of channels times the width of the network, at least one."""
+    return max(1, round(channels * width))
+
+
 def spatial_network(layers: Sequence[Layer]) -> nn.Sequential:
-    """The original: ``nn.Conv2d``, ReLU in place, ``nn.MaxPool2d``."""
+    """The original: ``nn.Conv2d``, ``nn.BatchNorm2d``, ReLU in place, pooling of ``torch.nn``."""
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for layer in layers:
         if isinstance(layer, Conv):
-            modules[layer.name] = nn.Conv2d(
+            normed = layer.norm and not layer.deferred
+            modules[layer.name] = (NormConv2d if normed else nn.Conv2d)(
                 layer.in_channels,
                 layer.out_channels,
                 layer.kernel_size,
-                padding="same" if layer.padding == "same" else 0,
+                stride=layer.stride,
+                padding=layer.pad,
+                groups=layer.groups,
+                bias=layer.bias,
             )
+            if layer.activation and not layer.deferred:
+                modules[f"{layer.name}_activation"] = nn.ReLU(inplace=True)
+        elif isinstance(layer, NormActivation):
+            modules[layer.name] = nn.BatchNorm2d(layer.channels)
             modules[f"{layer.name}_activation"] = nn.ReLU(inplace=True)
+        elif isinstance(layer, Dense):
+            modules[layer.name] = DenseMaps(_numbered(layer, spatial_network))
         elif isinstance(layer, Pool):
-            modules[layer.name] = nn.MaxPool2d(layer.kernel_size)
+            pool = nn.MaxPool2d if layer.kind == "max" else nn.AvgPool2d
+            modules[layer.name] = pool(layer.kernel_size, layer.stride, layer.padding)
+        elif isinstance(layer, GlobalAvgPool):
+            modules[layer.name] = nn.AdaptiveAvgPool2d(1)
+            modules[f"{layer.name}_flatten"] = nn.Flatten()
         else:
             _add_head(modules, layer)
     return nn.Sequential(modules)
@@ -146,6 +265,15 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     packed = False
 
+    def enter(name: str) -> None:
+        nonlocal packed
+        if not packed:
+            rule = options.rule() if modules else {"threshold": options.input_threshold}
+            modules[f"{name}_to_spectral"] = snn.ToSpectral(
+                **rule, value_dtype=options.value_dtype, workspace=options.workspace
+            )
+            packed = True
+
     def leave(name: str) -> None:
         nonlocal packed
         if packed:
@@ -154,40 +282,80 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
 
     for layer in layers:
         if isinstance(layer, Conv):
-            if not packed:
-                rule = options.rule() if modules else {"threshold": options.input_threshold}
-                modules[f"{layer.name}_to_spectral"] = snn.ToSpectral(
-                    **rule, value_dtype=options.value_dtype, workspace=options.workspace
-                )
-                packed = True
-            modules[layer.name] = snn.SpecBlock(
-                layer.in_channels,
-                layer.out_channels,
-                layer.kernel_size,
-                activation=options.activation,
-                activation_scale=options.activation_scale,
-                value_dtype=options.value_dtype,
-                workspace=options.workspace,
-                **options.rule(),
-            )
-            if layer.padding == "valid":
-                # Away from the edges a circular convolution is the same, so cropping gives the "valid" one.
+            enter(layer.name)
+            modules[layer.name] = _block(layer, options)
+            margin = (layer.kernel_size - 1) // 2 - layer.pad
+            if margin > 0 and layer.stride == 1:
+                # Away from the edges a circular convolution is the same, so cropping gives the one with less padding.
                 leave(layer.name)
-                modules[f"{layer.name}_crop"] = Crop2d((layer.kernel_size - 1) // 2)
+                modules[f"{layer.name}_crop"] = Crop2d(margin)
+        elif isinstance(layer, Dense):
+            enter(layer.name)
+            modules[layer.name] = DensePacked(
+                _numbered(
+                    layer,
+                    lambda branch: nn.Sequential(
+                        OrderedDict((conv.name, _block(conv, options)) for conv in branch if isinstance(conv, Conv))
+                    ),
+                )
+            )
         elif isinstance(layer, Pool):
-            leave(layer.name)
-            modules[layer.name] = snn.MaxPool2d(layer.kernel_size)
-        else:
+            if packed and layer.kind == "avg" and layer.stride in (None, layer.kernel_size) and not layer.padding:
+                modules[layer.name] = snn.SpectralPool2d(layer.kernel_size, workspace=options.workspace)
+                continue
+            if layer.padding or layer.kind == "avg":
+                leave(layer.name)
+            if layer.padding:
+                fill = -inf if layer.kind == "max" else 0.0
+                modules[f"{layer.name}_pad"] = nn.ConstantPad2d(layer.padding, fill)
+            if layer.kind == "max":  # of packed maps or not, the pool gives maps
+                modules[layer.name] = snn.MaxPool2d(layer.kernel_size, layer.stride, workspace=options.workspace)
+            else:
+                modules[layer.name] = snn.AvgPool2d(layer.kernel_size, layer.stride)
+            packed = False
+        elif isinstance(layer, GlobalAvgPool):
+            enter(layer.name)
+            modules[layer.name] = snn.GlobalAvgPool()
+            packed = False
+        elif not isinstance(layer, NormActivation):
             leave(layer.name)
             _add_head(modules, layer)
     return nn.Sequential(modules)
 
 
-def _add_head(modules: OrderedDict[str, nn.Module], layer: Flatten | Linear) -> None:
+def _numbered(
+    layer: Dense, build: Callable[[tuple[Conv | NormActivation, ...]], nn.Module]
+) -> OrderedDict[str, nn.Module]:
+    """The branches of dense connections, each built, by name."""
+    return OrderedDict((f"layer{number}", build(branch)) for number, branch in enumerate(layer.branches, 1))
+
+
+def _block(layer: Conv, options: Options) -> snn.SpecBlock:
+    """The packed block of a convolution."""
+    active = layer.activation or layer.deferred
+    return snn.SpecBlock(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        activation=options.activation if active else "identity",
+        activation_scale=options.activation_scale if active else None,
+        groups=layer.groups,
+        bias=layer.bias,
+        value_dtype=options.value_dtype,
+        workspace=options.workspace,
+        stride=layer.stride,
+        norm=(layer.norm or layer.deferred) and not options.paper,
+        **options.rule(),
+    )
+
+
+def _add_head(modules: OrderedDict[str, nn.Module], layer: Flatten | Dropout | Linear) -> None:
     """Layers that both networks have."""
     if isinstance(layer, Flatten):
         modules[layer.name] = nn.Flatten()
-        return
-    modules[layer.name] = nn.Linear(layer.in_features, layer.out_features)
-    if not layer.last:
-        modules[f"{layer.name}_activation"] = nn.ReLU(inplace=True)
+    elif isinstance(layer, Dropout):
+        modules[layer.name] = nn.Dropout(layer.p)
+    else:
+        modules[layer.name] = nn.Linear(layer.in_features, layer.out_features)
+        if not layer.last:
+            modules[f"{layer.name}_activation"] = nn.ReLU(inplace=True)

@@ -3,7 +3,21 @@
 from spectriton.nn.activation import SpectralActivation
 from spectriton.nn.block import SpecBlock
 from spectriton.nn.conv import SpectralConv2d
+from spectriton.nn.global_pool import GlobalAvgPool
+from spectriton.nn.norm import SpectralBatchNorm2d
 from spectriton.nn.pool import AvgPool2d, MaxPool2d
+from spectriton.nn.spectral_pool import SpectralPool2d
 from spectriton.nn.transform import ToSpatial, ToSpectral
 
-__all__ = ["AvgPool2d", "MaxPool2d", "SpecBlock", "SpectralActivation", "SpectralConv2d", "ToSpatial", "ToSpectral"]
+__all__ = [
+    "AvgPool2d",
+    "GlobalAvgPool",
+    "MaxPool2d",
+    "SpecBlock",
+    "SpectralActivation",
+    "SpectralBatchNorm2d",
+    "SpectralConv2d",
+    "SpectralPool2d",
+    "ToSpatial",
+    "ToSpectral",
+]

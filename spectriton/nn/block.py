@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from spectriton import ops
 from spectriton.nn.activation import scale_parameter
 from spectriton.nn.conv import conv_padding_mode, conv_parameters, describe_taps
+from spectriton.nn.norm import SpectralBatchNorm2d
 from spectriton.nn.transform import describe_rule
 from spectriton.packed import PackedSpectrum
 
@@ -26,13 +29,19 @@ class SpecBlock(nn.Module):
         activation: tanh (the paper's), softsign, asinh, atan or identity.
         activation_scale: None for the plain ``h(x)``; a number for ``s h(x / s)`` with ``s`` learnt per channel from
             this value on (in units of the ortho spectrum).
+        norm: an exact batch norm (:class:`SpectralBatchNorm2d`) between convolution and activation, as ``.norm``. The
+            threshold is meant for its output then; its statistics are those of the kept coefficients. Both the kept
+            convolution and the activated output stay for backward: twice the packed data.
+        stride: as for ``nn.Conv2d``; height and width must be multiples of it.
+        dilation: as for ``nn.Conv2d``.
         value_dtype: format of the kept values, by default that of the input.
         workspace: bound on temporaries in bytes.
 
     Attributes:
         last_density: fraction kept by the last forward pass, None before the first.
 
-    Shapes: packed ``(B, I, H, W)`` to packed ``(B, O, H, W)``.
+    Shapes: packed ``(B, I, H, W)``, or several whose channels add up to ``I``, to packed
+    ``(B, O, H / stride, W / stride)``.
     """
 
     weight: Tensor
@@ -49,6 +58,9 @@ class SpecBlock(nn.Module):
         *,
         density: float | None = None,
         activation_scale: float | None = None,
+        norm: bool = False,
+        stride: int | tuple[int, int] = 1,
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
         value_dtype: torch.dtype | str | None = None,
@@ -59,6 +71,8 @@ class SpecBlock(nn.Module):
         super().__init__()
         self.threshold, self.density = ops.thresholding_rule("SpecBlock", threshold, density, default=0.5)
         self.activation = ops.check_activation("SpecBlock", activation)
+        self.stride = ops.check_stride("SpecBlock", stride)
+        self.dilation = ops.check_stride("SpecBlock", dilation, "dilation")
         self.groups = groups
         self.value_dtype = value_dtype
         self.workspace = workspace
@@ -66,6 +80,7 @@ class SpecBlock(nn.Module):
         self.weight, self.bias = conv_parameters(in_channels, out_channels, kernel_size, groups, bias, device, dtype)
         scale = None if activation_scale is None else scale_parameter(out_channels, activation_scale, device, dtype)
         self.register_parameter("activation_scale", scale)
+        self.norm = SpectralBatchNorm2d(out_channels, device=device, dtype=dtype, workspace=workspace) if norm else None
 
     @classmethod
     def from_conv2d(
@@ -84,10 +99,9 @@ class SpecBlock(nn.Module):
         The block wraps around at the edges whatever the padding mode of the convolution.
 
         Raises:
-            TypeError, ValueError: as :meth:`SpectralConv2d.from_conv2d`, and for strides other than 1.
+            TypeError, ValueError: as :meth:`SpectralConv2d.from_conv2d`.
         """
         conv_padding_mode("SpecBlock.from_conv2d", conv)
-        ops.check_unit_stride("SpecBlock.from_conv2d", conv.stride)
         block = cls(
             conv.in_channels,
             conv.out_channels,
@@ -96,6 +110,7 @@ class SpecBlock(nn.Module):
             activation,
             density=density,
             activation_scale=activation_scale,
+            stride=(conv.stride[0], conv.stride[1]),
             groups=conv.groups,
             bias=conv.bias is not None,
             value_dtype=value_dtype,
@@ -106,23 +121,44 @@ class SpecBlock(nn.Module):
         block.weight, block.bias = conv.weight, conv.bias
         return block
 
-    def forward(self, packed: PackedSpectrum) -> PackedSpectrum:
+    def forward(self, packed: PackedSpectrum | Sequence[PackedSpectrum]) -> PackedSpectrum:
         out = ops.spec_block(
             packed,
             self.weight,
             self.bias,
+            stride=self.stride,
+            dilation=self.dilation,
             threshold=self.threshold,
             density=self.density,
-            activation=self.activation,
-            activation_scale=self.activation_scale,
+            activation=self.activation if self.norm is None else "identity",
+            activation_scale=self.activation_scale if self.norm is None else None,
+            threshold_scale=self._threshold_scale(),
             groups=self.groups,
             value_dtype=self.value_dtype,
             workspace=self.workspace,
         )
+        if self.norm is not None:
+            out = self.norm(out)
+            if self.activation != "identity":
+                out = ops.spectral_activation(out, self.activation, self.activation_scale, workspace=self.workspace)
         self.last_density = out.density
         return out
+
+    def _threshold_scale(self) -> Tensor | None:
+        """The threshold is meant for what comes out of the batch norm: back to what goes in.
+
+        By the running deviation, so that one pass over the frequencies does. A channel whose weight is next to nothing
+        is dropped but for its zero frequency.
+        """
+        norm = self.norm
+        if norm is None or norm.running_var is None or self.density is not None:
+            return None
+        gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach().abs()
+        return (norm.running_var + norm.eps).sqrt() / gain.clamp(min=torch.finfo(gain.dtype).tiny ** 0.5)
 
     def extra_repr(self) -> str:
         rule = describe_rule(self.threshold, self.density, self.value_dtype)
         scale = "" if self.activation_scale is None else " with learnt scale"
-        return f"{describe_taps(self.weight, self.groups)}, {rule}, activation={self.activation}{scale}"
+        pairs = {"stride": self.stride, "dilation": self.dilation}
+        further = "".join(f", {name}={pair}" for name, pair in pairs.items() if pair != (1, 1))
+        return f"{describe_taps(self.weight, self.groups)}{further}, {rule}, activation={self.activation}{scale}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectriton._check import check_choice, check_rank, check_threshold, fail
+from spectriton._check import check_choice, check_rank, check_threshold, describe, fail
 from spectriton.packed import PackedSpectrum
 from spectriton.reference import ACTIVATIONS
 
@@ -82,16 +82,33 @@ def check_convolution(op: str, channels: int, weight: Tensor, bias: Tensor | Non
         fail(op, "bias", bias, f"shape ({weight.shape[0]},)", "pass one value per output channel")
 
 
-def check_stride(op: str, stride: Any) -> tuple[int, int]:
-    """A stride as two positive whole numbers.
+def check_stride(op: str, stride: Any, name: str = "stride") -> tuple[int, int]:
+    """A stride (or dilation, as ``name`` says) as two positive whole numbers.
 
     Raises:
         ValueError: it is something else.
     """
     pair = (stride, stride) if isinstance(stride, int) else tuple(stride)
     if len(pair) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in pair):
-        fail(op, "stride", stride, "a positive int or two of them", "pass stride=1 or stride=(1, 2)")
+        fail(op, name, stride, "a positive int or two of them", f"pass {name}=1 or {name}=(1, 2)")
     return pair[0], pair[1]
+
+
+def check_half_spectrum(op: str, name: str, spectrum: Tensor, size: Any) -> tuple[int, int]:
+    """The size ``(H, W)`` of the maps behind half spectra ``(B, C, H, W // 2 + 1)``; by default an even width.
+
+    Raises:
+        ValueError: the spectrum has another shape than ``size`` implies.
+    """
+    check_rank(op, name, spectrum, 4)
+    height, half_width = spectrum.shape[2:]
+    if height < 1 or half_width < 1:
+        fail(op, name, spectrum, "a height and a width of at least 1", "pass torch.fft.rfft2(x, norm='ortho')")
+    if size is None:
+        return height, max(1, 2 * (half_width - 1))
+    if tuple(size) not in ((height, 2 * half_width - 2), (height, 2 * half_width - 1)):
+        fail(op, "size", tuple(size), f"(H, W) of the maps behind {name}, {describe(spectrum)}", "pass x.shape[-2:]")
+    return int(size[0]), int(size[1])
 
 
 def check_window(op: str, kernel_size: Any, stride: Any) -> tuple[list[int], list[int]]:
@@ -107,6 +124,18 @@ def check_window(op: str, kernel_size: Any, stride: Any) -> tuple[list[int], lis
             fail(op, name, value, "a positive int or two of them", "pass 2 or (2, 2)")
         pairs.append(pair)
     return pairs[0], pairs[1]
+
+
+def check_output_size(op: str, output_size: Any) -> tuple[int, int]:
+    """An output size as two positive whole numbers.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
+        fail(op, "output_size", output_size, "a positive int or two of them", "pass 8 or (8, 8)")
+    return pair[0], pair[1]
 
 
 def thresholding_rule(
@@ -139,13 +168,3 @@ def check_padding_mode(op: str, mode: str) -> str:
         ValueError: no such mode.
     """
     return check_choice(op, "padding_mode", mode, PADDING_MODES)
-
-
-def check_unit_stride(op: str, stride: Any) -> None:
-    """Check that a stride is 1.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if check_stride(op, stride) != (1, 1):
-        fail(op, "stride", tuple(stride), "1", "follow the block by a pooling layer instead")

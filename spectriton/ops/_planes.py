@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from spectriton import reference
 from spectriton._backend import backend, workspace_bytes
-from spectriton.frequencies import FrequencyGrid, frequency_grid
-from spectriton.packed import VALUE_DTYPES, Layout, layout, make_edge
-from spectriton.reference import row_pattern
+from spectriton.frequencies import frequency_grid
+from spectriton.packed import QUANTISED, VALUE_DTYPES, Layout, layout, make_edge
+from spectriton.reference.pattern import slots, tile_counts
+from spectriton.reference.unpack import take_values
 
 # Moduli are counted by the leading bits of their float32 pattern: bins of 0.2 % of the modulus.
 _HISTOGRAM_SHIFT = 14
@@ -36,7 +40,7 @@ def fake_packed(like: Tensor, dtype: torch.dtype, shape: Sequence[int], value_dt
     kept = torch.library.get_ctx().new_dynamic_size()
     pairs = () if value_dtype == "int4" else (2,)
     offsets = like.new_empty(sizes.frequencies, sizes.tiles, dtype=torch.int32)
-    quantised = value_dtype in ("int8", "int4")
+    quantised = value_dtype in QUANTISED
     return Packed(
         make_edge(kept, dtype, like.device),
         like.new_empty(kept, *pairs, dtype=VALUE_DTYPES[value_dtype]),
@@ -47,7 +51,7 @@ def fake_packed(like: Tensor, dtype: torch.dtype, shape: Sequence[int], value_dt
 
 
 class Packer:
-    """A packed spectrum in the making: chunks go in, exactly sized tensors come out.
+    """A packed spectrum in the making: chunks go in, exactly sized tensors come out. By the reference.
 
     Args:
         sizes: the layout of the maps.
@@ -59,99 +63,141 @@ class Packer:
     def __init__(self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device) -> None:
         self.sizes = sizes
         self.dtype = dtype
-        self.value_dtype = value_dtype
+        self.value_dtype = VALUE_DTYPES[value_dtype]
         self.bitmap = torch.zeros(sizes.bitmap_shape, dtype=torch.uint8, device=device)
-        self.offsets = torch.zeros(sizes.frequencies, sizes.tiles, dtype=torch.int32, device=device)
-        quantised = value_dtype in ("int8", "int4")
-        self.scales = torch.zeros(self.offsets.shape if quantised else 0, dtype=torch.float32, device=device)
+        shape = (sizes.frequencies, sizes.tiles)
+        self.scales = torch.zeros(shape if value_dtype in QUANTISED else 0, dtype=torch.float32, device=device)
         self._pieces: list[Tensor] = []
-        self._buffer: Tensor | None = None
-        self._density = 0.5  # of the last chunk; a guess for the first
-        self._kept = 0
+        self._tiles: list[slice] = []
 
-    def append_rows(
+    def append(
         self,
         y: Tensor,
-        rows: Tensor,
+        rows: slice,
         threshold: float | Tensor,
         kind: str = "identity",
         scale: Tensor | None = None,
+        t0: int = 0,
     ) -> None:
-        """Threshold, activate and pack whole rows: ``y`` ``(Fc, P, 2)`` of the frequencies ``rows``."""
-        sizes, primitives = self.sizes, backend(y.device)
-
-        def pack(room: Tensor, cursor: Tensor) -> None:
-            primitives.pack_rows(
-                y,
-                sizes.row,
-                threshold,
-                rows,
-                0,
-                self.bitmap,
-                self.offsets,
-                room,
-                cursor,
-                kind,
-                scale,
-                sizes.channels,
-                scales=self.scales,
-            )
-
-        self._append(pack, y.shape[0] * y.shape[1], rows, slice(None))
-
-    def append_planes(self, half: Tensor, grid: FrequencyGrid, t0: int, t1: int, threshold: float) -> None:
-        """Threshold and pack the planes of the tiles ``t0:t1`` from their half spectra ``(n, H, Wh)``."""
-        primitives = backend(half.device)
-
-        def pack(room: Tensor, cursor: Tensor) -> None:
-            primitives.pack_planes(
-                half, grid, threshold, t0, self.bitmap, self.offsets, room, cursor, scales=self.scales
-            )
-
-        self._append(pack, grid.count * half.shape[0], slice(None), slice(t0, t1))
-
-    def _append(
-        self, pack: Callable[[Tensor, Tensor], None], coefficients: int, rows: Tensor | slice, tiles: slice
-    ) -> None:
-        """Run ``pack(room, cursor)`` with room for what a chunk of so many coefficients is expected to keep.
-
-        Where the room does not do, it is made to measure and the chunk packed again: nothing is lost.
-        """
-        device = self.bitmap.device
-        cursor = torch.zeros(1, dtype=torch.int64, device=device)
-        room = self._room(min(coefficients, int(1.25 * self._density * coefficients) + 1024))
-        pack(room, cursor)
-        kept = int(cursor)
-        if kept > room.shape[0]:
-            room = self._room(kept)
-            pack(room, cursor.zero_())
-        self._density = kept / max(1, coefficients)
-        if self._kept + kept > torch.iinfo(torch.int32).max:
-            raise ValueError(
-                f"spectriton: packed spectrum got {self._kept + kept} kept coefficients, expected at most 2^31 - 1; "
-                "raise the threshold, or split the batch"
-            )
-        if self._kept:
-            self.offsets[rows, tiles] += self._kept
-        self._pieces.append(room[:kept].clone())
-        self._kept += kept
-
-    def _room(self, coefficients: int) -> Tensor:
-        """A buffer for values, kept for the next chunk."""
-        if self._buffer is None or self._buffer.shape[0] < coefficients:
-            pairs = () if self.value_dtype == "int4" else (2,)
-            self._buffer = torch.empty(
-                coefficients, *pairs, dtype=VALUE_DTYPES[self.value_dtype], device=self.bitmap.device
-            )
-        return self._buffer
+        """Threshold, activate and pack ``y`` ``(Fc, Tc * tile, 2)``: the frequencies ``rows``, tiles from ``t0`` on."""
+        sizes = self.sizes
+        kept = reference.compact_rows(y, sizes.row, threshold, rows, t0, self.bitmap, kind, scale, sizes.channels)
+        tiles = slice(t0, t0 + y.shape[1] // sizes.tile)
+        if self.scales.numel():
+            counts = tile_counts(self.bitmap[rows, tiles])
+            kept, self.scales[rows, tiles] = reference.quantise(kept, counts, self.value_dtype)
+        self._pieces.append(kept.to(self.value_dtype))
+        self._tiles.append(tiles)
 
     def finish(self) -> Packed:
-        """The packed tensors, values in one piece."""
-        pieces = self._pieces or [self._room(0)[:0]]
-        self._pieces, self._buffer = [], None
+        """The packed tensors; the values stand in row order."""
+        pieces, self._pieces = self._pieces or [self._no_values()], []
+        values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        del pieces
+        check_kept(values.shape[0])
+        counts: NDArray[np.int64] = tile_counts(self.bitmap).cpu().numpy()
+        starts = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
+        if len(set(map(str, self._tiles))) > 1:
+            values = self._in_row_order(values, counts)
+        offsets = torch.from_numpy(starts.astype(np.int32)).to(values.device)
+        return Packed(make_edge(values.shape[0], self.dtype, values.device), values, self.scales, self.bitmap, offsets)
+
+    def _no_values(self) -> Tensor:
+        pairs = (2,) if self.value_dtype != torch.uint8 else ()
+        return torch.empty(0, *pairs, dtype=self.value_dtype, device=self.bitmap.device)
+
+    def _in_row_order(self, values: Tensor, counts: NDArray[np.int64]) -> Tensor:
+        """Values that came as columns of tiles, all frequencies of one column before those of the next."""
+        starts, first = np.empty_like(counts), 0
+        for tiles in self._tiles:
+            column = counts[:, tiles]
+            running = np.cumsum(column)
+            starts[:, tiles] = (running - column.ravel()).reshape(column.shape) + first
+            first += int(running[-1])
+        out, first = torch.empty_like(values), 0
+        for rows in row_chunks(counts.shape[0], 16 * self.sizes.padded_row, 1 << 20):
+            places = slots(counts[rows].ravel(), starts[rows].ravel())
+            last = first + int(counts[rows].sum())
+            if isinstance(places, Tensor):
+                places = places.to(values.device)
+            out[first:last] = take_values(values, places)
+            first = last
+        return out
+
+
+class KernelPacker(Packer):
+    """By the Triton kernels, which append to a buffer that a chunk is expected to fit.
+
+    Where it does not, the buffer is made to measure and the chunk packed again: nothing is lost.
+    """
+
+    def __init__(self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(sizes, value_dtype, dtype, device)
+        self._primitives = backend(device)
+        self._offsets = torch.zeros(sizes.frequencies, sizes.tiles, dtype=torch.int32, device=device)
+        self._buffer = self._no_values()
+        self._density = 0.5  # of the last chunk; a guess for the first
+        self._kept = 0
+
+    def append(
+        self,
+        y: Tensor,
+        rows: slice,
+        threshold: float | Tensor,
+        kind: str = "identity",
+        scale: Tensor | None = None,
+        t0: int = 0,
+    ) -> None:
+        """As the reference's."""
+        sizes, coefficients = self.sizes, y.shape[0] * y.shape[1]
+        cursor = torch.zeros(1, dtype=torch.int64, device=y.device)
+
+        def pack(room: int) -> int:
+            if self._buffer.shape[0] < room:
+                self._buffer = torch.empty(room, 2, dtype=self.value_dtype, device=y.device)
+            target = (self.bitmap, self._offsets, self._buffer, cursor)
+            self._primitives.pack_rows(
+                y, sizes.row, threshold, rows, t0, *target, kind, scale, sizes.channels
+            )  # fmt: skip
+            return int(cursor)
+
+        kept = pack(min(coefficients, int(1.25 * self._density * coefficients) + 1024))
+        if kept > self._buffer.shape[0]:
+            cursor.zero_()
+            pack(kept)
+        self._density = kept / max(1, coefficients)
+        check_kept(self._kept + kept)
+        if self._kept:
+            self._offsets[rows, t0 : t0 + y.shape[1] // sizes.tile] += self._kept
+        self._pieces.append(self._buffer[:kept].clone())
+        self._kept += kept
+
+    def finish(self) -> Packed:
+        """The packed tensors; the kernels do not care for the order of the values."""
+        pieces, self._pieces = self._pieces or [self._no_values()], []
+        self._buffer = self._no_values()
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         edge = make_edge(self._kept, self.dtype, values.device)
-        return Packed(edge, values, self.scales, self.bitmap, self.offsets)
+        return Packed(edge, values, self.scales, self.bitmap, self._offsets)
+
+
+def packer(sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device) -> Packer:
+    """The :class:`Packer` for a device and a value format; the kernels do not write integers."""
+    kernels = backend(device).name == "triton" and value_dtype not in QUANTISED
+    return (KernelPacker if kernels else Packer)(sizes, value_dtype, dtype, device)
+
+
+def check_kept(kept: int) -> None:
+    """Check that offsets can count so many coefficients.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if kept > torch.iinfo(torch.int32).max:
+        raise ValueError(
+            f"spectriton: packed spectrum got {kept} kept coefficients, expected at most 2^31 - 1; "
+            "raise the threshold, or split the batch"
+        )
 
 
 class Histogram:
@@ -162,7 +208,7 @@ class Histogram:
 
     def add(self, y: Tensor) -> None:
         """Count the moduli of pairs ``(..., 2)``."""
-        size = torch.view_as_complex(y).abs().to(torch.float32).flatten().nan_to_num_(nan=torch.inf)
+        size = reference.modulus(y).to(torch.float32).flatten().nan_to_num_(nan=torch.inf)
         bins = size.view(torch.int32) >> _HISTOGRAM_SHIFT
         self._counts += torch.bincount(bins, minlength=self._counts.numel())
 
@@ -190,13 +236,19 @@ def plane_chunks(sizes: Layout, itemsize: int, workspace: int) -> Iterator[tuple
         yield t0, t1, t0 * sizes.tile, min(t1 * sizes.tile, sizes.row)
 
 
-def row_chunks(rows: Tensor, bytes_per_row: int, workspace: int) -> Iterator[Tensor]:
-    """``rows`` in chunks whose temporaries fit the workspace."""
-    yield from rows.split(max(1, workspace // max(1, bytes_per_row)))
+def row_chunks(count: int, bytes_per_row: int, workspace: int) -> Iterator[slice]:
+    """The rows ``0:count`` in chunks whose temporaries fit the workspace."""
+    step = max(1, workspace // max(1, bytes_per_row))
+    for first in range(0, count, step):
+        yield slice(first, min(first + step, count))
+
+
+#: Gives the planes ``first:last`` as pairs ``(F, padded, 2)``: ``rows_of(first, last, padded)``.
+RowsOf = Callable[[int, int, int], Tensor]
 
 
 def pack_planes(
-    half_of: Callable[[int, int], Tensor],
+    rows_of: RowsOf,
     sizes: Layout,
     threshold: float,
     density: float,
@@ -205,141 +257,135 @@ def pack_planes(
     device: torch.device,
     workspace: int,
 ) -> Packed:
-    """Pack the half spectra that ``half_of(first, last)`` gives for a range of planes.
+    """Pack the spectra that ``rows_of`` gives.
 
     ``density`` of zero or more overrides the threshold by the one that keeps this fraction.
     """
-    grid = frequency_grid(sizes.height, sizes.width, device)
     chunks = list(plane_chunks(sizes, dtype.itemsize, workspace))
     if density >= 0:
         histogram = Histogram(device)
-        for _, _, first, last in chunks:
-            histogram.add(torch.view_as_real(half_of(first, last).flatten(1)[:, grid.index[1:]]))
+        for t0, t1, first, last in chunks:
+            histogram.add(rows_of(first, last, (t1 - t0) * sizes.tile)[1:, : last - first])
         threshold = histogram.threshold(keep_from_density(density, sizes))
-    packer = Packer(sizes, value_dtype, dtype, device)
+    making = packer(sizes, value_dtype, dtype, device)
     for t0, t1, first, last in chunks:
-        packer.append_planes(half_of(first, last), grid, t0, t1, threshold)
-    packed = packer.finish()
-    return packed if len(chunks) <= 1 else in_row_order(packed, sizes, workspace)
-
-
-def in_row_order(packed: Packed, sizes: Layout, workspace: int) -> Packed:
-    """The same spectrum with its values in row-major tile order.
-
-    The reference reads rows by slices then. The kernels do not care for the order.
-    """
-    device = packed.values.device
-    if backend(device).name != "reference":
-        return packed
-    values = torch.empty_like(packed.values)
-    offsets = torch.empty_like(packed.offsets)
-    first = 0
-    for rows in row_chunks(torch.arange(sizes.frequencies, device=device), 32 * sizes.padded_row, workspace):
-        pattern = row_pattern(packed.bitmap, packed.offsets, rows, 0, sizes.tiles)
-        last = first + pattern.positions.numel()
-        values[first:last] = packed.values[pattern.slots]
-        running = torch.cumsum(pattern.counts, 0) - pattern.counts + first
-        offsets[rows] = running.view(rows.numel(), sizes.tiles).to(offsets.dtype)
-        first = last
-    return packed._replace(values=values, offsets=offsets)
+        rows = rows_of(first, last, (t1 - t0) * sizes.tile)
+        making.append(rows, slice(0, sizes.frequencies), threshold, t0=t0)
+        del rows  # before the next are made
+    return making.finish()
 
 
 def unpack_planes(
+    values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, sizes: Layout, workspace: int, out: Tensor
+) -> Iterator[Tensor]:
+    """Writes half spectra to ``out``, pairs ``(B * C, H, Wh, 2)``, mirrors filled in; yields them chunk by chunk."""
+    device = values.device
+    primitives = backend(device)
+    grid = frequency_grid(sizes.height, sizes.width, device)
+    index = primitives.tile_index(bitmap, offsets)
+    for t0, t1, first, last in plane_chunks(sizes, out.dtype.itemsize, workspace):
+        half = out[first:last]
+        primitives.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, last - first, None, half, index)
+        yield half
+
+
+def unpack_maps(
     values: Tensor,
     scales: Tensor,
     bitmap: Tensor,
     offsets: Tensor,
     sizes: Layout,
-    row_scale: Tensor | None,
-    dtype: torch.dtype,
+    weighted: bool,
     workspace: int,
-    out: Tensor | None = None,
+    out_of: Callable[[int, int], Tensor],
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields ``(first plane, one past the last, half spectra (n, H, Wh))`` chunk by chunk, mirrors filled in.
-
-    The half spectra stand in ``out``, pairs ``(B * C, H, Wh, 2)``, where it is given; else in a buffer that the next
-    chunk overwrites.
-    """
-    device = values.device
-    grid = frequency_grid(sizes.height, sizes.width, device)
-    buffer: Tensor | None = None
-    for t0, t1, first, last in plane_chunks(sizes, dtype.itemsize, workspace):
-        if out is not None:
-            half = out[first:last]
-        else:
-            if buffer is None:
-                buffer = torch.empty(last - first, sizes.height, grid.half_width, 2, dtype=dtype, device=device)
-            half = buffer[: last - first]
-        backend(device).unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, last - first, row_scale, half)
-        yield first, last, torch.view_as_complex(half)
+    """Yields ``(first, last, maps (n, H, W))`` of chunks of planes, written to what ``out_of(first, last)`` gives."""
+    primitives = backend(values.device)
+    grid = frequency_grid(sizes.height, sizes.width, values.device)
+    index = primitives.tile_index(bitmap, offsets)
+    for t0, t1, first, last in plane_chunks(sizes, 8 if values.dtype == torch.float64 else 4, workspace):
+        maps = out_of(first, last)
+        primitives.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, maps, index)
+        yield first, last, maps
 
 
 def gather_planes(
-    half_of: Callable[[int, int], Tensor],
+    rows_of: RowsOf, bitmap: Tensor, offsets: Tensor, kept: int, sizes: Layout, dtype: torch.dtype, workspace: int
+) -> Tensor:
+    """``(kept, 2)``: the spectra that ``rows_of`` gives, at the positions of an existing pattern."""
+    primitives = backend(bitmap.device)
+    index = primitives.tile_index(bitmap, offsets)
+    every = slice(0, sizes.frequencies)
+    out = torch.empty(kept, 2, dtype=dtype, device=bitmap.device)
+    for t0, t1, first, last in plane_chunks(sizes, dtype.itemsize, workspace):
+        rows = rows_of(first, last, (t1 - t0) * sizes.tile)
+        pattern = primitives.row_pattern(bitmap, offsets, every, t0, t1, index)
+        primitives.gather_rows(rows, bitmap, offsets, every, t0, out, pattern)
+        del rows, pattern
+    return out
+
+
+def gather_maps(
+    planes: Callable[[int, int], Tensor],
     bitmap: Tensor,
     offsets: Tensor,
     kept: int,
     sizes: Layout,
-    row_scale: Tensor | None,
     dtype: torch.dtype,
     workspace: int,
 ) -> Tensor:
-    """``(kept, 2)``: the half spectra that ``half_of`` gives, at the positions of an existing pattern."""
-    device = bitmap.device
+    """``(kept, 2)``: the adjoint of packed coefficients to real maps, for maps ``planes(first, last)``."""
+    grid = frequency_grid(sizes.height, sizes.width, bitmap.device)
+    transform = rows_of_maps(planes, sizes, dtype, bitmap.device)
+
+    def rows_of(first: int, last: int, padded: int) -> Tensor:
+        rows = transform(first, last, padded)
+        rows[grid.self_conjugate] *= 0.5
+        return rows
+
+    # A stored coefficient stands for two, unless it is its own conjugate.
+    return gather_planes(rows_of, bitmap, offsets, kept, sizes, dtype, workspace).mul_(2)
+
+
+def rows_of_maps(
+    planes: Callable[[int, int], Tensor], sizes: Layout, dtype: torch.dtype, device: torch.device
+) -> RowsOf:
+    """:data:`RowsOf` the maps ``(n, H, W)`` that ``planes(first, last)`` gives, by Fourier transform."""
     grid = frequency_grid(sizes.height, sizes.width, device)
-    out = torch.empty(kept, 2, dtype=dtype, device=device)
-    for t0, _, first, last in plane_chunks(sizes, dtype.itemsize, workspace):
-        backend(device).gather_planes(half_of(first, last), grid, bitmap, offsets, t0, row_scale, out)
-    return out
+
+    def rows_of(first: int, last: int, padded: int) -> Tensor:
+        return backend(device).rows_of_maps(planes(first, last).to(dtype), grid, padded)
+
+    return rows_of
 
 
-def real_planes(x: Tensor, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
-    """``half_of`` for maps ``(B, C, H, W)``: the ortho half spectra of a range of planes."""
-    planes = _plane_slices(x)
-    grid = frequency_grid(x.shape[2], x.shape[3], x.device)
-
-    def half_of(first: int, last: int) -> Tensor:
-        half = torch.fft.rfft2(planes(first, last).to(dtype), norm="ortho").contiguous()
-        return _real_where_self_conjugate(half, grid)
-
-    return half_of
-
-
-def half_planes(
-    spectrum: Tensor, size: tuple[int, int], dtype: torch.dtype, fold: bool = False
-) -> Callable[[int, int], Tensor]:
-    """``half_of`` for half spectra ``(B, C, H, Wh)``; ``fold`` adds the conjugates of the mirrored positions."""
-    planes = _plane_slices(spectrum.resolve_conj())
+def rows_of_spectrum(spectrum: Tensor, size: tuple[int, int], dtype: torch.dtype, fold: bool = False) -> RowsOf:
+    """:data:`RowsOf` half spectra ``(B, C, H, Wh)``; ``fold`` adds the conjugates of the mirrored positions."""
+    planes = plane_slices(spectrum.resolve_conj())
     grid = frequency_grid(*size, spectrum.device)
-    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
 
-    def half_of(first: int, last: int) -> Tensor:
-        half = planes(first, last).to(complex_dtype)
-        real = grid.index[grid.self_conjugate]
-        if not fold and not bool(half.flatten(1)[:, real].imag.any()):
-            return half  # as spectra of real maps are: nothing to change, so nothing to copy
-        half = half.clone(memory_format=torch.contiguous_format)
+    def rows_of(first: int, last: int, padded: int) -> Tensor:
+        half = planes(first, last).to(dtype.to_complex())
+        rows = reference.rows_of_half(half, grid, padded)
         if fold:
-            flat = half.view(last - first, -1)
-            flat[:, grid.index[grid.mirror_row]] += flat[:, grid.mirror_index].conj_physical()
-        return _real_where_self_conjugate(half, grid)
+            mirrored = half.flatten(1)[:, grid.mirror_index].T.conj_physical()
+            rows[grid.mirror_row, : last - first] += torch.view_as_real(mirrored.contiguous())
+        rows[grid.self_conjugate, :, 1] = 0
+        return rows
 
-    return half_of
-
-
-def _real_where_self_conjugate(half: Tensor, grid: FrequencyGrid) -> Tensor:
-    """Drops the imaginary part where a frequency is its own conjugate, in place."""
-    torch.view_as_real(half).view(half.shape[0], -1, 2)[:, grid.index[grid.self_conjugate], 1] = 0
-    return half
+    return rows_of
 
 
-def _plane_slices(x: Tensor) -> Callable[[int, int], Tensor]:
-    """Ranges of the ``B * C`` planes of ``x``; a copy of the range where they do not lie one after the other."""
-    channels = x.shape[1]
+def plane_slices(x: Tensor) -> Callable[[int, int], Tensor]:
+    """Ranges of the ``B * C`` planes of ``x`` ``(B, C, H, W)``, copied only where strides call for it."""
+    channels, (height, width) = x.shape[1], x.shape[2:]
+    if x.is_contiguous():
+        return lambda first, last: x.view(-1, height, width)[first:last]
+    inner = x.permute(2, 3, 0, 1)
+    if inner.is_contiguous():  # planes innermost
+        return lambda first, last: inner.view(height, width, -1)[..., first:last].permute(2, 0, 1)
 
     def planes(first: int, last: int) -> Tensor:
-        if x.is_contiguous():
-            return x.view(-1, *x.shape[2:])[first:last]
         image = first // channels
         images = x[image : -(-last // channels)]
         return images.flatten(0, 1)[first - image * channels : last - image * channels]

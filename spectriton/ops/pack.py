@@ -14,11 +14,14 @@ from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
     Packed,
     fake_packed,
+    gather_maps,
     gather_planes,
-    half_planes,
     pack_planes,
-    real_planes,
+    plane_slices,
     resolve_workspace,
+    rows_of_maps,
+    rows_of_spectrum,
+    unpack_maps,
     unpack_planes,
 )
 from spectriton.packed import PackedSpectrum, layout, value_dtype_name
@@ -27,10 +30,6 @@ from spectriton.packed import PackedSpectrum, layout, value_dtype_name
 def _precision(tensor: Tensor) -> torch.dtype:
     """Real precision of the coefficients made from ``tensor``: double stays double, the rest is single."""
     return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
-
-
-def _weight(shape: list[int], device: torch.device) -> Tensor:
-    return frequency_grid(shape[2], shape[3], device).weight
 
 
 # -- half spectrum <-> packed ---------------------------------------------------------------------------------------
@@ -45,7 +44,7 @@ def _pack(
 ) -> Packed:
     dtype = _precision(spectrum)
     return pack_planes(
-        half_planes(spectrum, (height, width), dtype),
+        rows_of_spectrum(spectrum, (height, width), dtype),
         layout((*spectrum.shape[:2], height, width)),
         threshold,
         density,
@@ -69,13 +68,12 @@ def _pack_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[in
     grid = frequency_grid(shape[2], shape[3], grad.device)
     out = torch.empty(*shape[:3], grid.half_width, 2, dtype=grad.dtype, device=grad.device)
     planes = out.flatten(0, 1)
-    real = grid.index[grid.self_conjugate]
     packed = (grad.contiguous(), grad.new_empty(0), bitmap, offsets)
     workspace = resolve_workspace(workspace, grad.device)
-    for _, _, half in unpack_planes(*packed, layout(shape), None, grad.dtype, workspace, planes):
-        flat = half.view(half.shape[0], -1)
+    for half in unpack_planes(*packed, layout(shape), workspace, planes):
+        flat = half.flatten(1, 2)
         flat[:, grid.mirror_index] = 0
-        flat[:, real] = flat[:, real].real.to(flat.dtype)
+        flat[:, grid.index[grid.self_conjugate], 1] = 0
     return torch.view_as_complex(out)
 
 
@@ -89,10 +87,13 @@ def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
     spectrum, height, width, _, _, _, workspace = inputs
     ctx.shape, ctx.workspace, ctx.dtype = [*spectrum.shape[:2], height, width], workspace, spectrum.dtype
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
+    ctx.set_materialize_grads(False)  # no zeros of the size of the values
     ctx.save_for_backward(output[3], output[4])
 
 
-def _pack_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _pack_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 7
     bitmap, offsets = ctx.saved_tensors
     grad_spectrum = _pack_backward(grad, bitmap, offsets, ctx.shape, ctx.workspace)
     return grad_spectrum.to(ctx.dtype), None, None, None, None, None, None
@@ -107,7 +108,7 @@ def _unpack(edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offset
     out = torch.empty(*shape[:3], shape[3] // 2 + 1, 2, dtype=edge.dtype, device=values.device)
     workspace = resolve_workspace(0, values.device)
     packed = (values, scales, bitmap, offsets)
-    for _ in unpack_planes(*packed, layout(shape), None, edge.dtype, workspace, out.flatten(0, 1)):
+    for _ in unpack_planes(*packed, layout(shape), workspace, out.flatten(0, 1)):
         pass  # each chunk is written where it belongs
     return torch.view_as_complex(out)
 
@@ -123,12 +124,11 @@ def _unpack_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, s
     """Gradient of half spectra to the packed one: a stored coefficient collects that of its mirror image too."""
     dtype = _precision(grad)
     return gather_planes(
-        half_planes(grad, (shape[2], shape[3]), dtype, fold=True),
+        rows_of_spectrum(grad, (shape[2], shape[3]), dtype, fold=True),
         bitmap,
         offsets,
         kept,
         layout(shape),
-        None,
         dtype,
         resolve_workspace(0, grad.device),
     )
@@ -157,10 +157,10 @@ _unpack.register_autograd(_unpack_autograd, setup_context=_unpack_setup)
 
 @define_op(f"(Tensor x, float threshold, float density, str value_dtype, int workspace) -> {PACKED_RESULT}")
 def _to_spectral(x: Tensor, threshold: float, density: float, value_dtype: str, workspace: int) -> Packed:
-    dtype = _precision(x)
+    dtype, sizes = _precision(x), layout(x.shape)
     return pack_planes(
-        real_planes(x, dtype),
-        layout(x.shape),
+        rows_of_maps(plane_slices(x), sizes, dtype, x.device),
+        sizes,
         threshold,
         density,
         value_dtype,
@@ -177,13 +177,8 @@ def _(x: Tensor, threshold: float, density: float, value_dtype: str, workspace: 
 
 @define_op("(Tensor grad, Tensor bitmap, Tensor offsets, SymInt[] shape, int workspace) -> Tensor")
 def _to_spectral_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int) -> Tensor:
-    """The adjoint of ``rfft2`` restricted to a pattern.
-
-    ``irfft2`` counts a stored coefficient twice where its conjugate is not stored, which the adjoint does not.
-    """
-    no_scales = grad.new_empty(0)
-    row_scale = 1 / _weight(shape, grad.device)
-    return _maps(grad.contiguous(), no_scales, bitmap, offsets, shape, row_scale, grad.dtype, workspace)
+    """The adjoint of ``rfft2`` restricted to a pattern."""
+    return _maps(grad.contiguous(), grad.new_empty(0), bitmap, offsets, shape, False, grad.dtype, workspace)
 
 
 @_to_spectral_backward.register_fake
@@ -195,10 +190,13 @@ def _to_spectral_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> Non
     x, _, _, _, workspace = inputs
     ctx.shape, ctx.workspace, ctx.dtype = list(x.shape), workspace, x.dtype
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
+    ctx.set_materialize_grads(False)  # no zeros of the size of the values
     ctx.save_for_backward(output[3], output[4])
 
 
-def _to_spectral_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _to_spectral_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 5
     grad_x = _to_spectral_backward(grad, *ctx.saved_tensors, ctx.shape, ctx.workspace)
     return grad_x.to(ctx.dtype), None, None, None, None
 
@@ -212,16 +210,15 @@ def _maps(
     bitmap: Tensor,
     offsets: Tensor,
     shape: list[int],
-    row_scale: Tensor | None,
+    weighted: bool,
     dtype: torch.dtype,
     workspace: int,
 ) -> Tensor:
     """Packed coefficients to real maps ``(B, C, H, W)``, a chunk of planes at a time."""
     x = torch.empty(shape, dtype=dtype, device=values.device)
-    planes = x.view(-1, *shape[2:])
-    workspace = resolve_workspace(workspace, values.device)
-    for first, last, half in unpack_planes(values, scales, bitmap, offsets, layout(shape), row_scale, dtype, workspace):
-        torch.fft.irfft2(half, s=(shape[2], shape[3]), norm="ortho", out=planes[first:last])
+    packed = (values, scales, bitmap, offsets, layout(shape), weighted, resolve_workspace(workspace, values.device))
+    for _ in unpack_maps(*packed, plane_slices(x)):
+        pass  # each chunk is written where it belongs
     return x
 
 
@@ -230,7 +227,7 @@ def _to_spatial(
     edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
 ) -> Tensor:
     """Packed to real maps ``(B, C, H, W)``."""
-    return _maps(values, scales, bitmap, offsets, shape, None, edge.dtype, workspace)
+    return _maps(values, scales, bitmap, offsets, shape, True, edge.dtype, workspace)
 
 
 @_to_spatial.register_fake
@@ -243,17 +240,8 @@ def _(
 @define_op("(Tensor grad, Tensor bitmap, Tensor offsets, SymInt kept, int workspace) -> Tensor")
 def _to_spatial_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, workspace: int) -> Tensor:
     """The adjoint of ``irfft2`` from a pattern, ``(kept, 2)``."""
-    dtype = _precision(grad)
-    return gather_planes(
-        real_planes(grad, dtype),
-        bitmap,
-        offsets,
-        kept,
-        layout(grad.shape),
-        _weight(list(grad.shape), grad.device),
-        dtype,
-        resolve_workspace(workspace, grad.device),
-    )
+    workspace = resolve_workspace(workspace, grad.device)
+    return gather_maps(plane_slices(grad), bitmap, offsets, kept, layout(grad.shape), _precision(grad), workspace)
 
 
 @_to_spatial_backward.register_fake

@@ -7,83 +7,202 @@ Frequencies at which nothing is kept are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from spectriton._backend import Backend, backend
+from spectriton._backend import backend
 from spectriton._check import fail
-from spectriton.frequencies import FrequencyGrid, frequency_grid, tap_basis
-from spectriton.ops._arguments import check_activation, check_convolution, check_packed, check_rule, check_workspace
-from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
+from spectriton.frequencies import aliases, frequency_grid, tap_basis
+from spectriton.ops._arguments import (
+    check_activation,
+    check_convolution,
+    check_packed,
+    check_rule,
+    check_stride,
+    check_workspace,
+)
+from spectriton.ops._define import PACKED_RESULT, define_op
 from spectriton.ops._planes import (
     Histogram,
     Packed,
-    Packer,
     fake_packed,
     keep_from_density,
+    packer,
     resolve_workspace,
     row_chunks,
 )
 from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
+from spectriton.reference import RowPattern, TileIndex
 
 
-class _Walk(NamedTuple):
-    """What forward and backward share: sizes, grid, and how many frequencies fit the workspace."""
+class _Settings(NamedTuple):
+    """A convolution as the ops take it: ``shape`` is ``[B, H, W]``, ``channels`` are those of each packed input."""
 
-    primitives: Backend
-    inputs: Layout
-    outputs: Layout
-    grid: FrequencyGrid
-    dtype: torch.dtype
+    shape: list[int]
+    channels: list[int]
+    stride: list[int]
+    dilation: tuple[int, int]
     groups: int
-    kernel_size: tuple[int, int]
     workspace: int
-    bytes_per_row: int
-
-    def chunks(self, rows: Tensor) -> Iterator[Tensor]:
-        """``rows`` in chunks that fit the workspace."""
-        return row_chunks(rows, self.bytes_per_row, self.workspace)
-
-    def buffer(self, rows: int, sizes: Layout) -> Tensor:
-        """Zeroed pairs ``(rows, P, 2)``; padding stays zero."""
-        return torch.zeros(rows, sizes.padded_row, 2, dtype=self.dtype, device=self.grid.index.device)
-
-    def basis(self, rows: Tensor) -> Tensor:
-        """``(Fc, kh * kw, 2)``."""
-        return tap_basis(self.grid, self.kernel_size, rows, self.dtype)
 
 
-def _walk(
-    weight: Tensor, shape: list[int], groups: int, dtype: torch.dtype, workspace: int, kept: int, kept_out: int | None
-) -> _Walk:
-    """``kept`` and ``kept_out``: coefficients kept in the input and, where it is there already, in the output."""
-    inputs = layout(shape)
-    outputs = layout((shape[0], weight.shape[0], *shape[2:]))
-    item = 2 * dtype.itemsize
-    # Each coefficient of a chunk stands there once; one that is kept takes its position (8 bytes) and a few values on
-    # its way: read from the input; thresholded, activated and stored in forward; derived and scaled in backward.
-    share = kept / max(1, inputs.frequencies * inputs.row)
-    per_input = item + share * (8 + 2 * item)
-    if kept_out is None:
-        per_output = item + item / 2 + 1 + 0.5 * (8 + 3 * item)  # moduli and mask; half of them kept, at a guess
-    else:
-        per_output = item + kept_out / max(1, outputs.frequencies * outputs.row) * (16 + 6 * item)
-    taps = 3 * item * weight[:, :, 0, 0].numel()  # weights, their gradient or embedding
-    bytes_per_row = int(per_input * inputs.padded_row + per_output * outputs.padded_row) + taps
-    return _Walk(
-        backend(weight.device),
-        inputs,
-        outputs,
-        frequency_grid(shape[2], shape[3], weight.device),
-        dtype,
-        groups,
-        (weight.shape[2], weight.shape[3]),
-        resolve_workspace(workspace, weight.device),
-        bytes_per_row,
-    )
+#: Values, scales, bitmaps and offsets of the packed inputs.
+_Inputs = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+class _Source:
+    """One packed input: its tensors, and which input channels of the convolution it holds."""
+
+    def __init__(
+        self, fields: tuple[Tensor, Tensor, Tensor, Tensor], shape: list[int], channels: int, first: int
+    ) -> None:
+        self.fields = fields
+        self.sizes = layout((shape[0], channels, *shape[1:]))
+        self.channels = slice(first, first + channels)
+        self.index = backend(fields[0].device).tile_index(fields[2], fields[3])
+
+    @property
+    def kept(self) -> int:
+        """Coefficients kept."""
+        return self.fields[0].shape[0]
+
+    def filled_rows(self) -> int:
+        """How many frequencies come before the tail at which nothing is kept."""
+        return _filled_rows(self.fields[2], self.index)
+
+
+class _Walk:
+    """What forward and backward share: sizes, grids, products, and how many frequencies fit the workspace.
+
+    Chunks are ranges of the frequencies of the output. With a stride, ``A`` frequencies of the input fold onto each.
+
+    Args:
+        settings: of the convolution.
+        weight: taps.
+        inputs: the fields of the packed inputs, see :data:`_Inputs`.
+        dtype: real precision of the computation.
+        kept_out: coefficients kept in the output, where it is there already.
+    """
+
+    def __init__(
+        self,
+        settings: _Settings,
+        weight: Tensor,
+        inputs: _Inputs,
+        dtype: torch.dtype,
+        kept_out: int | None = None,
+    ) -> None:
+        batch, height, width = settings.shape
+        device = weight.device
+        first = [sum(settings.channels[:n]) for n in range(len(settings.channels))]
+        self.sources = [
+            _Source(fields, settings.shape, channels, start)
+            for fields, channels, start in zip(zip(*inputs, strict=True), settings.channels, first, strict=True)
+        ]
+        self.stride, self.dilation = (settings.stride[0], settings.stride[1]), settings.dilation
+        size = (height // self.stride[0], width // self.stride[1])
+        self.outputs = outputs = layout((batch, weight.shape[0], *size))
+        self.primitives = backend(device)
+        self.grid = frequency_grid(height, width, device)
+        self.folds = None if self.stride == (1, 1) else aliases(self.grid, self.stride)
+        self.dtype = dtype
+        self.mixing = self.primitives.mixing(weight.to(dtype), settings.groups)
+        self._kernel_size = (weight.shape[2], weight.shape[3])
+        self._workspace = resolve_workspace(settings.workspace, device)
+        item, fold = 2 * dtype.itemsize, self.stride[0] * self.stride[1]
+        # Each coefficient of a chunk stands there once; one that is kept takes its position (8 bytes) and a few values
+        # on its way: read from the input; activated and stored in forward; derived and scaled in backward.
+        share, of_inputs = 0.0, 0.0
+        for source in self.sources:
+            sizes = source.sizes
+            share = max(share, source.kept / max(1, sizes.frequencies * sizes.row))
+            of_inputs += fold * (item + share * (8 + 2 * item)) * sizes.padded_row
+        if kept_out is None:
+            # About as many kept as in the input, at a guess; but no fewer than a quarter.
+            per_output = item + 1 + max(share, 0.25) * (8 + 3 * item)
+        else:
+            per_output = item + kept_out / max(1, outputs.frequencies * outputs.row) * (16 + 6 * item)
+        taps = fold * 3 * item * weight[:, :, 0, 0].numel()  # weights, their gradient or embedding
+        self._bytes_per_row = int(of_inputs + per_output * outputs.padded_row) + taps
+
+    def filled_rows(self) -> int:
+        """How many frequencies of the output come before the tail onto which nothing of the input falls."""
+        if self.folds is not None:
+            return self.outputs.frequencies
+        return max((source.filled_rows() for source in self.sources), default=0)
+
+    def chunks(self, rows: int) -> list[slice]:
+        """The frequencies ``0:rows`` in chunks that fit the workspace."""
+        return list(row_chunks(rows, self._bytes_per_row, self._workspace))
+
+    def buffers(self, chunks: list[slice]) -> tuple[list[Tensor], Tensor]:
+        """Zeroed pairs ``(A * rows, P, 2)`` for each source, and ``(rows, P, 2)``, of the largest chunk.
+
+        Padding stays zero.
+        """
+        rows = chunks[0].stop if chunks else 0
+        fold = self.stride[0] * self.stride[1]
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.grid.index.device}
+        inputs = [torch.zeros(fold * rows, source.sizes.padded_row, 2, **options) for source in self.sources]
+        return inputs, torch.zeros(rows, self.outputs.padded_row, 2, **options)
+
+    def basis(self, part: slice) -> Tensor:
+        """``(A, Fc, kh * kw, 2)``."""
+        if self.folds is None:
+            return tap_basis(self.grid, self._kernel_size, part, self.dtype, self.dilation)[None]
+        rows, conjugate, factor = (t[:, part] for t in self.folds[:3])
+        basis = tap_basis(self.grid, self._kernel_size, rows.flatten(), self.dtype, self.dilation).clone()
+        basis = basis.unflatten(0, rows.shape)
+        basis[..., 1] *= torch.where(conjugate, -1, 1)[..., None]
+        return basis.mul_(factor.to(self.dtype)[..., None, None])
+
+    def weights(self, basis: Tensor) -> Tensor:
+        """The kernel spectrum of a chunk, ``(A, Fc, ...)``, for the products."""
+        return self.mixing.weights(basis.flatten(0, 1)).unflatten(0, basis.shape[:2])
+
+    def read(self, source: _Source, part: slice, buffer: Tensor) -> tuple[Tensor, Tensor | slice, RowPattern | None]:
+        """What folds onto a chunk: pairs ``(A, Fc, P, 2)``, their frequencies ``(A * Fc,)`` and their pattern."""
+        rows: Tensor | slice = part if self.folds is None else self.folds.rows[:, part].flatten()
+        count, tiles = part.stop - part.start, source.sizes.tiles
+        x = buffer[: self.stride[0] * self.stride[1] * count]
+        pattern = self.primitives.row_pattern(*source.fields[2:], rows, 0, tiles, source.index)
+        self.primitives.unpack_rows(*source.fields, rows, 0, tiles, x, pattern)
+        self.conjugate(x, part)
+        return x.unflatten(0, (-1, count)), rows, pattern
+
+    def conjugate(self, x: Tensor, part: slice) -> None:
+        """Conjugates, in place, what folds as its conjugate: pairs ``(A * Fc, P, 2)``."""
+        if self.folds is not None:
+            x[..., 1] *= torch.where(self.folds.conjugate[:, part].reshape(-1, 1), -1, 1)
+
+    def make_real(self, y: Tensor, part: slice) -> None:
+        """Takes the real part, in place, where a frequency of the folded output is its own conjugate."""
+        if self.folds is not None:
+            real = self.folds.real
+            y[real[(real >= part.start) & (real < part.stop)] - part.start, :, 1] = 0
+
+    def gather(
+        self, source: _Source, x: Tensor, part: slice, rows: Tensor | slice, pattern: RowPattern | None, out: Tensor
+    ) -> None:
+        """The gradient ``x`` ``(A, Fc, P, 2)`` of what :meth:`read` gave, to the pattern of the source."""
+        _, _, bitmap, offsets = source.fields
+        flat = x.flatten(0, 1)
+        self.conjugate(flat, part)
+        if self.folds is not None:
+            # A place without an alias names a row that another one owns.
+            owned = (self.folds.factor[:, part] != 0).flatten()
+            if not bool(owned.all()):
+                flat, rows, pattern = flat[owned], self.folds.rows[:, part].flatten()[owned], None
+        self.primitives.gather_rows(flat, bitmap, offsets, rows, 0, out, pattern)
+
+    @property
+    def dc_gain(self) -> float:
+        """A constant is its mean at frequency zero, times this in the ortho spectrum of the output."""
+        return float((self.outputs.height * self.outputs.width) ** 0.5)
 
 
 def _channels(buffer: Tensor, sizes: Layout) -> Tensor:
@@ -91,109 +210,125 @@ def _channels(buffer: Tensor, sizes: Layout) -> Tensor:
     return buffer[:, : sizes.row].unflatten(1, (sizes.batch, sizes.channels))
 
 
-def kept_rows(bitmap: Tensor) -> Tensor:
-    """``(F,)`` bool: the frequencies at which anything is kept."""
-    return bitmap.flatten(1).any(1).to(torch.bool)  # any() of bytes is a byte
+def _filled_rows(bitmap: Tensor, index: TileIndex | None) -> int:
+    """How many frequencies come before the tail at which nothing is kept."""
+    if index is not None:
+        filled = np.flatnonzero(index.counts.any(1))
+    else:
+        filled = torch.nonzero(bitmap.flatten(1).any(1)).flatten().cpu().numpy()
+    return int(filled[-1]) + 1 if filled.size else 0
 
 
-def _mixed(
-    walk: _Walk, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None,
-    rows: Tensor,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+def _mixed(walk: _Walk, bias: Tensor | None, rows: int) -> Iterator[tuple[slice, Tensor]]:
     """Yields ``(rows, y)`` chunk by chunk: the convolution's spectra as pairs ``(Fc, P, 2)``, in one reused buffer."""
-    x_buffer = y_buffer = None
-    taps = weight.to(walk.dtype)
-    for part in walk.chunks(rows):
-        if x_buffer is None or y_buffer is None:
-            x_buffer = walk.buffer(part.numel(), walk.inputs)
-            y_buffer = walk.buffer(part.numel(), walk.outputs)
-        x, y = x_buffer[: part.numel()], y_buffer[: part.numel()]
-        walk.primitives.unpack_rows(values, scales, bitmap, offsets, part, 0, walk.inputs.tiles, x)
-        weights = walk.primitives.mixing_weights(taps, walk.basis(part), walk.groups)
-        walk.primitives.mix(_channels(x, walk.inputs), weights, _channels(y, walk.outputs))
-        if bias is not None and int(part[0]) == 0:
-            # A constant is its mean at frequency zero, times sqrt(H W) in the ortho spectrum.
-            _channels(y, walk.outputs)[0, :, :, 0] += bias.to(walk.dtype) * _dc_gain(walk.inputs)
+    chunks = walk.chunks(rows)
+    x_buffers, y_buffer = walk.buffers(chunks)
+    for part in chunks:
+        y = y_buffer[: part.stop - part.start]
+        target = _channels(y, walk.outputs)
+        weights = walk.weights(walk.basis(part))
+        begun = False
+        for source, buffer in zip(walk.sources, x_buffers, strict=True):
+            x = walk.read(source, part, buffer)[0]
+            for folded, mixing_weights in zip(x, weights, strict=True):
+                chosen = walk.mixing.of_inputs(mixing_weights, source.channels)
+                walk.mixing.mix(_channels(folded, source.sizes), chosen, target, add=begun)
+                begun = True
+        walk.make_real(y, part)
+        if bias is not None and part.start == 0:
+            target[0, :, :, 0] += bias.to(walk.dtype) * walk.dc_gain
         yield part, y
 
 
-def _dc_gain(sizes: Layout) -> float:
-    return float((sizes.height * sizes.width) ** 0.5)
+_INPUTS = "Tensor[] edges, Tensor[] values, Tensor[] scales, Tensor[] bitmaps, Tensor[] offsets"
+_CONVOLUTION = (
+    "SymInt[] shape, SymInt[] channels, SymInt[] stride, SymInt[] dilation, int groups, str kind, int workspace"
+)
 
 
 @define_op(
-    f"(Tensor edge, {PACKED_FIELDS}, Tensor weight, Tensor? bias, Tensor? activation_scale, SymInt[] shape, "
-    f"int groups, float threshold, float density, str kind, str value_dtype, int workspace) -> {PACKED_RESULT}"
+    f"({_INPUTS}, Tensor weight, Tensor? bias, Tensor? activation_scale, {_CONVOLUTION}, float threshold, "
+    f"float density, str value_dtype, Tensor? threshold_scale) -> {PACKED_RESULT}"
 )
 def _spec_block(
-    edge: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    bitmap: Tensor,
-    offsets: Tensor,
+    edges: list[Tensor],
+    values: list[Tensor],
+    scales: list[Tensor],
+    bitmaps: list[Tensor],
+    offsets: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
     activation_scale: Tensor | None,
     shape: list[int],
+    channels: list[int],
+    stride: list[int],
+    dilation: list[int],
     groups: int,
+    kind: str,
+    workspace: int,
     threshold: float,
     density: float,
-    kind: str,
     value_dtype: str,
-    workspace: int,
+    threshold_scale: Tensor | None,
 ) -> Packed:
-    walk = _walk(weight, shape, groups, edge.dtype, workspace, values.shape[0], None)
-    rows = torch.arange(walk.grid.count, device=weight.device)
+    """``shape`` is ``[B, H, W]`` of the inputs, ``channels`` those of each."""
+    dtype = edges[0].dtype
+    settings = _Settings(shape, channels, stride, (dilation[0], dilation[1]), groups, workspace)
+    walk = _Walk(settings, weight, (values, scales, bitmaps, offsets), dtype)
+    rows = walk.outputs.frequencies
     if threshold > 0 or density >= 0:
-        # Where nothing comes in nothing goes out, and zero is below any threshold.
-        active = kept_rows(bitmap)
-        active[0] = True
-        rows = rows[active]
-    convolved = (values, scales, bitmap, offsets, weight, bias, rows)
+        # Where nothing comes in nothing goes out, and zero is below any threshold; the bias needs frequency zero.
+        rows = min(rows, max(1, walk.filled_rows()))
     if density >= 0:
         histogram = Histogram(weight.device)
-        for part, y in _mixed(walk, *convolved):
-            histogram.add(y[int(part[0]) == 0 :, : walk.outputs.row])
+        for part, y in _mixed(walk, bias, rows):
+            histogram.add(y[part.start == 0 :, : walk.outputs.row])
         threshold = histogram.threshold(keep_from_density(density, walk.outputs))
-    packer = Packer(walk.outputs, value_dtype, edge.dtype, weight.device)
-    scale = None if activation_scale is None else activation_scale.to(edge.dtype)
-    for part, y in _mixed(walk, *convolved):
-        packer.append_rows(y, part, threshold, kind, scale)
-    return packer.finish()
+    level = threshold if threshold_scale is None else threshold * threshold_scale.to(dtype)
+    making = packer(walk.outputs, value_dtype, dtype, weight.device)
+    scale = None if activation_scale is None else activation_scale.to(dtype)
+    for part, y in _mixed(walk, bias, rows):
+        making.append(y, part, level, kind, scale)
+    return making.finish()
 
 
 @_spec_block.register_fake
 def _(
-    edge: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    bitmap: Tensor,
-    offsets: Tensor,
+    edges: list[Tensor],
+    values: list[Tensor],
+    scales: list[Tensor],
+    bitmaps: list[Tensor],
+    offsets: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
     activation_scale: Tensor | None,
     shape: list[int],
+    channels: list[int],
+    stride: list[int],
+    dilation: list[int],
     groups: int,
+    kind: str,
+    workspace: int,
     threshold: float,
     density: float,
-    kind: str,
     value_dtype: str,
-    workspace: int,
+    threshold_scale: Tensor | None,
 ) -> Packed:
-    return fake_packed(edge, edge.dtype, (shape[0], weight.shape[0], *shape[2:]), value_dtype)
+    size = (shape[0], weight.shape[0], shape[1] // stride[0], shape[2] // stride[1])
+    return fake_packed(edges[0], edges[0].dtype, size, value_dtype)
 
 
 @define_op(
-    "(Tensor grad, Tensor values, Tensor scales, Tensor bitmap, Tensor offsets, Tensor out_values, Tensor out_scales, "
-    "Tensor out_bitmap, Tensor out_offsets, Tensor weight, Tensor? activation_scale, SymInt[] shape, int groups, "
-    "str kind, int workspace, bool need_input) -> (Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor[] values, Tensor[] scales, Tensor[] bitmaps, Tensor[] offsets, Tensor out_values, "
+    "Tensor out_scales, Tensor out_bitmap, Tensor out_offsets, Tensor weight, Tensor? activation_scale, "
+    f"{_CONVOLUTION}, bool[] need_inputs) -> (Tensor[], Tensor, Tensor, Tensor)"
 )
 def _spec_block_backward(
     grad: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    bitmap: Tensor,
-    offsets: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    bitmaps: list[Tensor],
+    offsets: list[Tensor],
     out_values: Tensor,
     out_scales: Tensor,
     out_bitmap: Tensor,
@@ -201,61 +336,66 @@ def _spec_block_backward(
     weight: Tensor,
     activation_scale: Tensor | None,
     shape: list[int],
+    channels: list[int],
+    stride: list[int],
+    dilation: list[int],
     groups: int,
     kind: str,
     workspace: int,
-    need_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for the packed input (in its own pattern), the taps, the bias and the scale of the activation."""
+    need_inputs: list[bool],
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Gradients for the packed inputs (in their own patterns), the taps, the bias and the scale of the activation."""
     dtype = grad.dtype
-    walk = _walk(weight, shape, groups, dtype, workspace, values.shape[0], out_values.shape[0])
+    settings = _Settings(shape, channels, stride, (dilation[0], dilation[1]), groups, workspace)
+    walk = _Walk(settings, weight, (values, scales, bitmaps, offsets), dtype, out_values.shape[0])
+    primitives, mixing = walk.primitives, walk.mixing
+    out_packed = (out_values, out_scales, out_bitmap, out_offsets)
+    out_index = primitives.tile_index(out_bitmap, out_offsets)
     grad = grad.contiguous()
-    grad_input = grad.new_zeros(values.shape[0] if need_input else 0, 2)
-    taps = weight.to(dtype)
-    grad_taps = torch.zeros_like(taps, memory_format=torch.contiguous_format)
+    grad_inputs = [grad.new_zeros(v.shape[0] if need else 0, 2) for v, need in zip(values, need_inputs, strict=True)]
     grad_bias = grad.new_zeros(weight.shape[0])
     grad_scale = grad.new_zeros(0 if activation_scale is None else weight.shape[0])
     scale = None if activation_scale is None else activation_scale.to(dtype)
 
-    # The gradient of a frequency needs both sides there; bias and scale also see the rest of the output.
-    incoming = kept_rows(bitmap)
-    rows = torch.nonzero(kept_rows(out_bitmap) & (incoming | (scale is not None))).flatten()
-    if not bool(incoming[0]) and rows.numel() and int(rows[0]) != 0:
-        rows = torch.cat([rows.new_zeros(1), rows])
-    x_buffer = g_buffer = None
-    for part in walk.chunks(rows):
-        if x_buffer is None or g_buffer is None:
-            x_buffer = walk.buffer(part.numel(), walk.inputs)
-            g_buffer = walk.buffer(part.numel(), walk.outputs)
-        x, g = x_buffer[: part.numel()], g_buffer[: part.numel()]
-        scale_terms = walk.primitives.unpack_gradient_rows(
-            grad, out_values, out_scales, out_bitmap, out_offsets, part, kind, scale, walk.outputs.channels, g
+    # The gradient of a frequency needs both sides there; bias and scale see the rest of the output, too.
+    rows, shared = _filled_rows(out_bitmap, out_index), walk.filled_rows()
+    chunks = walk.chunks(rows if scale is not None else min(rows, max(1, shared)))
+    x_buffers, g_buffer = walk.buffers(chunks)
+    for part in chunks:
+        g = g_buffer[: part.stop - part.start]
+        scale_terms = primitives.unpack_gradient_rows(
+            grad, *out_packed, part, kind, scale, walk.outputs.channels, g, out_index
         )
         if scale_terms is not None:
             grad_scale += scale_terms
+        walk.make_real(g, part)
         grads = _channels(g, walk.outputs)
-        if int(part[0]) == 0:
-            grad_bias += grads[0, :, :, 0].sum(0) * _dc_gain(walk.inputs)
+        if part.start == 0:
+            grad_bias += grads[0, :, :, 0].sum(0) * walk.dc_gain
+        if part.start >= shared:
+            continue
         basis = walk.basis(part)
-        pattern = walk.primitives.row_pattern(bitmap, offsets, part, 0, walk.inputs.tiles)
-        walk.primitives.unpack_rows(values, scales, bitmap, offsets, part, 0, walk.inputs.tiles, x, pattern)
-        walk.primitives.mixing_taps(
-            walk.primitives.mix_grad_weights(_channels(x, walk.inputs), grads, groups), basis, grad_taps
-        )
-        if need_input:
-            weights = walk.primitives.mixing_weights(taps, basis, groups)
-            walk.primitives.mix_grad_input(grads, weights, _channels(x, walk.inputs))
-            walk.primitives.gather_rows(x, bitmap, offsets, part, 0, grad_input, pattern)
-    return grad_input, grad_taps, grad_bias, grad_scale
+        weights = walk.weights(basis) if any(need_inputs) else basis
+        for source, buffer, grad_input, need in zip(walk.sources, x_buffers, grad_inputs, need_inputs, strict=True):
+            x, source_rows, pattern = walk.read(source, part, buffer)
+            for fold in range(x.shape[0]):
+                folded = _channels(x[fold], source.sizes)
+                mixing.add_grad_taps(folded, grads, basis[fold], source.channels)
+                if need:
+                    mixing.mix_grad_input(grads, mixing.of_inputs(weights[fold], source.channels), folded)
+            if need:
+                walk.gather(source, x, part, source_rows, pattern, grad_input)
+            del pattern
+    return grad_inputs, mixing.grad_taps(), grad_bias, grad_scale
 
 
 @_spec_block_backward.register_fake
 def _(
     grad: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    bitmap: Tensor,
-    offsets: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    bitmaps: list[Tensor],
+    offsets: list[Tensor],
     out_values: Tensor,
     out_scales: Tensor,
     out_bitmap: Tensor,
@@ -263,13 +403,16 @@ def _(
     weight: Tensor,
     activation_scale: Tensor | None,
     shape: list[int],
+    channels: list[int],
+    stride: list[int],
+    dilation: list[int],
     groups: int,
     kind: str,
     workspace: int,
-    need_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_inputs: list[bool],
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     return (
-        grad.new_empty(values.shape[0] if need_input else 0, 2),
+        [grad.new_empty(v.shape[0] if need else 0, 2) for v, need in zip(values, need_inputs, strict=True)],
         grad.new_empty(weight.shape),
         grad.new_empty(weight.shape[0]),
         grad.new_empty(0 if activation_scale is None else weight.shape[0]),
@@ -277,27 +420,33 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
-    _, values, scales, bitmap, offsets, weight, bias, activation_scale, shape, groups, _, _, kind, _, workspace = inputs
-    ctx.shape, ctx.groups, ctx.kind, ctx.workspace = shape, groups, kind, workspace
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    edges, *fields, weight, bias, activation_scale = inputs[:8]
+    ctx.convolution = inputs[8:15]
+    ctx.sources, ctx.bias_dtype = len(edges), None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
+    ctx.set_materialize_grads(False)  # no zeros of the size of the values
     # The output is the next block's input: both save the same tensors, so one packed copy a block is held.
-    ctx.save_for_backward(values, scales, bitmap, offsets, *output[1:], weight, activation_scale)
+    ctx.save_for_backward(*(t for field in fields for t in field), *output[1:], weight, activation_scale)
 
 
-def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    *packed, weight, activation_scale = ctx.saved_tensors
-    need_input = ctx.needs_input_grad[0]
-    grad_input, grad_weight, grad_bias, grad_scale = _spec_block_backward(
-        grad, *packed, weight, activation_scale, ctx.shape, ctx.groups, ctx.kind, ctx.workspace, need_input
+def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 19
+    saved, n = ctx.saved_tensors, ctx.sources
+    fields = [list(saved[first : first + n]) for first in range(0, 4 * n, n)]
+    *out_packed, weight, activation_scale = saved[4 * n :]
+    need = ctx.needs_input_grad[0]
+    need_inputs = list(need) if isinstance(need, (list, tuple)) else [bool(need)] * n
+    grad_inputs, grad_weight, grad_bias, grad_scale = _spec_block_backward(
+        grad, *fields, *out_packed, weight, activation_scale, *ctx.convolution, need_inputs
     )
     return (
-        grad_input if need_input else None,
-        *(None,) * 4,
+        [given if needed else None for given, needed in zip(grad_inputs, need_inputs, strict=True)],
+        *([None] * n for _ in range(4)),
         grad_weight.to(weight.dtype),
         None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
         None if activation_scale is None else grad_scale.to(activation_scale.dtype),
-        *(None,) * 7,
+        *(None,) * 11,
     )
 
 
@@ -305,14 +454,17 @@ _spec_block.register_autograd(_autograd, setup_context=_setup)
 
 
 def spec_block(
-    packed: PackedSpectrum,
+    packed: PackedSpectrum | Sequence[PackedSpectrum],
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
     threshold: float | None = None,
     density: float | None = None,
     activation: str = "tanh",
     activation_scale: Tensor | None = None,
+    threshold_scale: Tensor | None = None,
     groups: int = 1,
     value_dtype: torch.dtype | str | None = None,
     workspace: int | None = None,
@@ -320,47 +472,71 @@ def spec_block(
     """Convolve, threshold and activate a packed spectrum; Algorithm 1 of arXiv 1905.10915.
 
     Args:
-        packed: maps ``(B, I, H, W)``.
+        packed: maps ``(B, I, H, W)``; or several of them, whose channels stand one after the other: they are unpacked
+            side by side, and no copy is made.
         weight: taps ``(O, I / groups, kh, kw)``, applied as by ``nn.Conv2d(padding="same", padding_mode="circular")``.
         bias: ``(O,)``, or None.
+        stride: the output is taken at every ``stride``-th position; ``H`` and ``W`` must be multiples of it. The
+            frequencies that alias onto one another are mixed as further input channels.
+        dilation: distance between the taps.
         threshold: coefficients of the convolution whose modulus (ortho spectrum) is below it are dropped.
         density: instead of a threshold, the fraction of coefficients to keep; costs a second pass of the mixing.
         activation: ``h`` in ``h(re) + i h(im)``: tanh (the paper's), softsign, asinh, atan or identity.
         activation_scale: ``(O,)``; per channel ``s h(x / s)``.
-        groups: as for ``nn.Conv2d``.
-        value_dtype: format of the kept values, by default that of ``packed``.
+        threshold_scale: ``(O,)``; the threshold of a channel is ``threshold`` times this. Not differentiated.
+        groups: as for ``nn.Conv2d``; 1 for several inputs.
+        value_dtype: format of the kept values, by default that of the (first) input.
         workspace: bound on temporaries in bytes.
 
     Returns:
-        Packed maps ``(B, O, H, W)``; differentiable in all tensors.
+        Packed maps ``(B, O, H / stride, W / stride)``; differentiable in all tensors.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or range.
     """
     op = "spec_block"
-    check_packed(op, "packed", packed)
-    check_convolution(op, packed.shape[1], weight, bias, groups)
+    inputs: list[Any] = list(packed) if isinstance(packed, (list, tuple)) else [packed]
+    if not inputs:
+        fail(op, "packed", "an empty list", "at least one packed spectrum", "pass what the layers before it gave")
+    first = check_packed(op, "packed", inputs[0])
+    batch, _, height, width = first.shape
+    for other in inputs[1:]:
+        if check_packed(op, "packed", other).shape[:1] + other.shape[2:] != first.shape[:1] + first.shape[2:]:
+            expected = f"batch {batch} and maps of {height}x{width}, as the first"
+            fail(op, "packed", tuple(other.shape), expected, "concatenate maps of one size only")
+        if other.edge.dtype != first.edge.dtype:
+            fail(op, "packed", other.dtype, f"{first.dtype}, as the first", "pack all inputs in one precision")
+    channels = [p.shape[1] for p in inputs]
+    check_convolution(op, sum(channels), weight, bias, groups)
+    if groups != 1 and len(inputs) > 1:
+        fail(op, "groups", groups, "1 for several inputs", "pass one packed spectrum, or groups=1")
+    steps = check_stride(op, stride)
+    if height % steps[0] or width % steps[1]:
+        expected = f"a divisor of the {height}x{width} maps"
+        fail(op, "stride", steps, expected, "pad the images, or use stride 1 and a pooling layer")
+    spread = check_stride(op, dilation, "dilation")
     check_activation(op, activation)
     outputs = weight.shape[0]
-    if activation_scale is not None and tuple(activation_scale.shape) != (outputs,):
-        fail(op, "activation_scale", activation_scale, f"shape ({outputs},)", "pass one scale per output channel")
+    for given, argument in ((activation_scale, "activation_scale"), (threshold_scale, "threshold_scale")):
+        if given is not None and tuple(given.shape) != (outputs,):
+            fail(op, argument, given, f"shape ({outputs},)", "pass one scale per output channel")
     level, fraction = check_rule(op, threshold, density)
-    name = packed.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, packed.edge.dtype)
+    name = first.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, first.edge.dtype)
     fields = _spec_block(
-        packed.edge,
-        packed.values,
-        packed.scales,
-        packed.bitmap,
-        packed.offsets,
+        *([getattr(p, field) for p in inputs] for field in ("edge", "values", "scales", "bitmap", "offsets")),
         weight,
         bias,
         activation_scale,
-        list(packed.shape),
+        [batch, height, width],
+        channels,
+        list(steps),
+        list(spread),
         groups,
+        activation,
+        check_workspace(op, workspace),
         level,
         fraction,
-        activation,
         name,
-        check_workspace(op, workspace),
+        threshold_scale,
     )
-    return PackedSpectrum.of(fields, (packed.shape[0], outputs, *packed.shape[2:]), name)
+    return PackedSpectrum.of(fields, (batch, outputs, height // steps[0], width // steps[1]), name)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from spectriton._backend import backend
 from spectriton._check import check_real_maps, fail
+from spectriton._mixing import Mixing
 from spectriton.frequencies import FrequencyGrid, frequency_grid, tap_basis
 from spectriton.ops._arguments import check_convolution, check_padding_mode, check_stride, check_workspace
 from spectriton.ops._define import define_op
 from spectriton.ops._planes import resolve_workspace, row_chunks
-from spectriton.reference.unpack import spread_rows
+from spectriton.reference import spread_rows
 
 
 def _fast_size(size: int) -> int:
@@ -63,15 +64,14 @@ def _maps(rows: Tensor, grid: FrequencyGrid, size: tuple[int, int]) -> Tensor:
 
 
 def _chunks(
-    x: Tensor, weight: Tensor, grid: FrequencyGrid, dtype: torch.dtype, groups: int, workspace: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    mixing: Mixing, x: Tensor, grid: FrequencyGrid, dtype: torch.dtype, workspace: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yields ``(rows, basis, mixing weights)``: no whole kernel spectrum is ever held."""
-    taps = weight.to(dtype)
-    all_rows = torch.arange(grid.count, device=x.device)
-    bytes_per_row = 8 * dtype.itemsize * weight[:, :, 0, 0].numel()
-    for rows in row_chunks(all_rows, bytes_per_row, resolve_workspace(workspace, x.device)):
-        basis = tap_basis(grid, (weight.shape[2], weight.shape[3]), rows, dtype)
-        yield rows, basis, backend(x.device).mixing_weights(taps, basis, groups)
+    outputs, inputs, height, width = mixing.shape
+    bytes_per_row = 8 * dtype.itemsize * outputs * inputs
+    for rows in row_chunks(grid.count, bytes_per_row, resolve_workspace(workspace, x.device)):
+        basis = tap_basis(grid, (height, width), rows, dtype)
+        yield rows, basis, mixing.weights(basis)
 
 
 def _precision(x: Tensor) -> torch.dtype:
@@ -95,9 +95,9 @@ def _spectral_conv2d(
     grid = _grid(x, weight, padding_mode)
     spectrum = _rows(x, grid, dtype)
     mixed = spectrum.new_empty(grid.count, batch, weight.shape[0], 2)
-    for rows, _, weights in _chunks(x, weight, grid, dtype, groups, workspace):
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        backend(x.device).mix(spectrum[first:last], weights, mixed[first:last])
+    mixing = backend(x.device).mixing(weight.to(dtype), groups)
+    for rows, _, weights in _chunks(mixing, x, grid, dtype, workspace):
+        mixing.mix(spectrum[rows], weights, mixed[rows])
     del spectrum
     y = _maps(mixed, grid, (height, width))[:, :, :: stride[0], :: stride[1]]
     if bias is not None:
@@ -143,17 +143,15 @@ def _spectral_conv2d_backward(
         full[:, :, :: stride[0], :: stride[1]] = grad
     grad_rows = _rows(full, grid, dtype)
     spectrum = _rows(x, grid, dtype)
-    grad_taps = torch.zeros(weight.shape, dtype=dtype, device=x.device)
-    primitives = backend(x.device)
-    for rows, basis, weights in _chunks(x, weight, grid, dtype, groups, workspace):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    mixing = backend(x.device).mixing(weight.to(dtype), groups)
+    for rows, basis, weights in _chunks(mixing, x, grid, dtype, workspace):
         # By Parseval a stored frequency counts as often as the full spectrum holds it.
-        weighted = grad_rows[part] * grid.weight[part].to(dtype)[:, None, None, None]
-        primitives.mixing_taps(primitives.mix_grad_weights(spectrum[part], weighted, groups), basis, grad_taps)
+        weighted = grad_rows[rows] * grid.weight[rows].to(dtype)[:, None, None, None]
+        mixing.add_grad_taps(spectrum[rows], weighted, basis)
         if need_input:
-            primitives.mix_grad_input(grad_rows[part], weights, spectrum[part])
+            mixing.mix_grad_input(grad_rows[rows], weights, spectrum[rows])
     grad_input = _maps(spectrum, grid, (height, width)).to(x.dtype, memory_format=torch.contiguous_format, copy=True)
-    return grad_input if need_input else x.new_empty(0), grad_taps.to(weight.dtype)
+    return grad_input if need_input else x.new_empty(0), mixing.grad_taps().to(weight.dtype)
 
 
 @_spectral_conv2d_backward.register_fake

@@ -11,32 +11,50 @@ from spectriton.reference.kernel_spectrum import (
     complex_kernel_spectrum_adjoint,
     kernel_spectrum,
     kernel_spectrum_adjoint,
+    taps_matrix,
+    taps_of_matrix,
 )
-from spectriton.reference.pack import gather_planes, gather_rows, pack_planes, pack_rows
-from spectriton.reference.pattern import RowPattern, row_pattern
+from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise
+from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_index
 from spectriton.reference.spectral_activation import (
     ACTIVATIONS,
     spectral_activation,
     spectral_activation_backward,
 )
+from spectriton.reference.spectral_batch_norm import spectral_batch_norm
+from spectriton.reference.spectral_pool2d import spectral_pool2d
+from spectriton.reference.store_rows import store_rows
+from spectriton.reference.transform import maps_of_half, rows_of_half, rows_of_maps, spread_rows
 from spectriton.reference.unpack import unpack_planes, unpack_rows
 
 __all__ = [
     "ACTIVATIONS",
     "RowPattern",
+    "TileIndex",
     "channel_mix",
+    "compact_rows",
     "complex_kernel_spectrum",
     "complex_kernel_spectrum_adjoint",
     "complex_product",
-    "gather_planes",
     "gather_rows",
     "kernel_spectrum",
     "kernel_spectrum_adjoint",
-    "pack_planes",
+    "maps_of_half",
+    "modulus",
     "pack_rows",
+    "quantise",
     "row_pattern",
+    "rows_of_half",
+    "rows_of_maps",
     "spectral_activation",
     "spectral_activation_backward",
+    "spectral_batch_norm",
+    "spectral_pool2d",
+    "spread_rows",
+    "store_rows",
+    "taps_matrix",
+    "taps_of_matrix",
+    "tile_index",
     "unpack_planes",
     "unpack_rows",
 ]

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+
+class TileIndex(NamedTuple):
+    """How many coefficients each tile of a packed spectrum keeps, and where they begin. Held on the host.
+
+    Attributes:
+        counts, starts: ``(F, T)`` int64.
+        ordered: whether the values follow the tiles row by row, without gaps; empty tiles take part in it then.
+    """
+
+    counts: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ordered: bool
 
 
 class RowPattern(NamedTuple):
@@ -15,7 +29,7 @@ class RowPattern(NamedTuple):
     Attributes:
         positions: ``(n,)`` int64, where they stand in the flattened chunk ``(Fc, Tc * tile)``, ascending.
         slots: where they stand in ``values``: a slice where they are contiguous and in order, else ``(n,)`` int64.
-        counts: ``(Fc * Tc,)`` int64, how many there are in each tile.
+        counts: ``(Fc, Tc)`` int64, how many there are in each tile.
     """
 
     positions: Tensor
@@ -25,9 +39,16 @@ class RowPattern(NamedTuple):
 
 def true_positions(mask: Tensor) -> Tensor:
     """``(n,)`` int64: flat indices of the True elements of a bool tensor."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return torch.nonzero(mask.flatten()).flatten()
+    if mask.device.type != "cpu":
+        return torch.nonzero(mask.flatten()).flatten()
+    flat = mask.numpy().ravel()
+    count = int(np.count_nonzero(flat))
+    if 0.02 * flat.size < count <= 0.1 * flat.size:
+        # Up to a tenth NumPy searches from one to the next, which is slower than looking at every element unless
+        # they are rare. A tail of ones makes it look at all.
+        tail = np.ones(flat.size // 9 + 1, dtype=np.bool_)
+        return torch.from_numpy(np.flatnonzero(np.concatenate([flat, tail]))[:count])
+    return torch.from_numpy(np.flatnonzero(flat))
 
 
 def to_bits(mask: Tensor) -> Tensor:
@@ -54,33 +75,60 @@ def tile_counts(bitmap: Tensor) -> Tensor:
     return from_bits(bitmap).sum(-1)
 
 
-def row_index(rows: Tensor) -> slice | Tensor:
+def tile_index(bitmap: Tensor, offsets: Tensor) -> TileIndex:
+    """The :class:`TileIndex` of a packed spectrum; ``bitmap`` ``(F, T, tile / 8)``, ``offsets`` ``(F, T)``."""
+    counts: NDArray[np.int64] = tile_counts(bitmap).cpu().numpy()
+    starts: NDArray[np.int64] = offsets.cpu().numpy().astype(np.int64)
+    following = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
+    ordered = bool(((starts == following) | (counts == 0)).all())
+    return TileIndex(counts, following if ordered else starts, ordered)
+
+
+def row_index(rows: slice | Tensor) -> slice | Tensor:
     """``rows`` (ascending) as a slice where they are consecutive: indexing gives a view then."""
+    if isinstance(rows, slice):
+        return rows
     if rows.numel() == 0:
         return slice(0, 0)
     first, last = int(rows[0]), int(rows[-1]) + 1
     return slice(first, last) if last - first == rows.numel() else rows
 
 
-def row_pattern(bitmap: Tensor, offsets: Tensor, rows: Tensor | None, t0: int, t1: int) -> RowPattern:
-    """The :class:`RowPattern` of frequencies ``rows`` ``(Fc,)``, all of them for None, and tiles ``t0:t1``."""
-    index = slice(None) if rows is None else row_index(rows)
-    bits = bitmap[index, t0:t1].contiguous()
-    counts = tile_counts(bits).flatten()
-    # The bookkeeping is short: NumPy gets through it in a fraction of the time.
-    per_tile = counts.cpu().numpy()
-    starts = offsets[index, t0:t1].reshape(-1).cpu().numpy()
-    ends = np.cumsum(per_tile)
-    shift = starts - (ends - per_tile)
-    filled = shift[per_tile > 0]
-    if filled.size == 0:
-        return RowPattern(torch.empty(0, dtype=torch.int64, device=bits.device), slice(0, 0), counts)
-    count, first = int(ends[-1]), int(filled[0])
-    positions = _kept(bits, count)
-    if (filled == first).all():
-        return RowPattern(positions, slice(first, first + count), counts)
-    slots = torch.from_numpy(np.arange(count) + np.repeat(shift, per_tile))
-    return RowPattern(positions, slots.to(bits.device), counts)
+def row_pattern(
+    bitmap: Tensor, offsets: Tensor, rows: slice | Tensor, t0: int, t1: int, index: TileIndex | None = None
+) -> RowPattern:
+    """The :class:`RowPattern` of frequencies ``rows`` and tiles ``t0:t1``; ``index`` saves counting again."""
+    if index is None:
+        index = tile_index(bitmap, offsets)
+    chosen = row_index(rows)
+    on_host: Any = chosen.cpu().numpy() if isinstance(chosen, Tensor) else chosen
+    counts, starts = index.counts[on_host, t0:t1], index.starts[on_host, t0:t1]
+    bits = bitmap[chosen, t0:t1].contiguous()
+    positions = true_positions(from_bits(bits))
+    whole = isinstance(chosen, slice) and t0 == 0 and t1 == index.counts.shape[1]
+    places = slots(counts.ravel(), starts.ravel(), whole and index.ordered)
+    if isinstance(places, Tensor):
+        places = places.to(bits.device)
+    return RowPattern(positions, places, torch.from_numpy(counts).to(bits.device))
+
+
+def slots(counts: NDArray[np.int64], starts: NDArray[np.int64], ordered: bool = False) -> slice | Tensor:
+    """Where the values of tiles stand, for ``(n,)`` tiles; ``ordered`` says that they follow each other."""
+    count = int(counts.sum())
+    if count == 0:
+        return slice(0, 0)
+    if ordered:
+        return slice(int(starts[0]), int(starts[0]) + count)
+    shift = starts - (np.cumsum(counts) - counts)
+    first = int(shift[np.argmax(counts > 0)])
+    if (shift[counts > 0] == first).all():
+        return slice(first, first + count)
+    return torch.from_numpy(np.arange(count) + np.repeat(shift, counts))
+
+
+def per_row(values: Tensor, pattern: RowPattern) -> Tensor:
+    """``(n,)``: for each coefficient of a pattern the entry of ``values`` ``(Fc,)`` of its row."""
+    return torch.repeat_interleave(values, pattern.counts.sum(1), output_size=pattern.positions.numel())
 
 
 def half_positions(pattern: RowPattern, padded: int, index: Tensor, half_size: int) -> Tensor:
@@ -92,33 +140,21 @@ def half_positions(pattern: RowPattern, padded: int, index: Tensor, half_size: i
         index: ``(F,)`` position of each frequency in a half spectrum.
         half_size: ``H * Wh``.
     """
-    positions = pattern.positions
-    if padded & (padded - 1) == 0:  # a shift instead of a division, which is the slowest thing here
-        row, plane = positions >> (padded.bit_length() - 1), positions & (padded - 1)
-    else:
-        row = positions.div(padded, rounding_mode="floor")
-        plane = positions - row * padded
-    return index.index_select(0, row).add_(plane, alpha=half_size)
+    # Row r, plane p goes to index[r] + p * half_size: the position r * padded + p, scaled, and shifted by row.
+    shift = index - torch.arange(index.numel(), device=index.device) * (padded * half_size)
+    return per_row(shift, pattern).add_(pattern.positions, alpha=half_size)
 
 
-def per_row(values: Tensor, pattern: RowPattern) -> Tensor:
-    """``(n,)``: for each coefficient of a pattern the entry of ``values`` ``(Fc,)`` of its row."""
-    return torch.repeat_interleave(values, pattern.counts.view(values.numel(), -1).sum(1))
+def channel_of(positions: Tensor, padded: int, start: int, channels: int) -> Tensor:
+    """``(n,)`` int64: channels of positions in chunks whose rows have ``padded`` places and begin at ``start``."""
+    if padded % channels:
+        positions = positions - _divide(positions, padded) * padded
+    if start % channels:
+        positions = positions + start % channels
+    return positions - _divide(positions, channels) * channels
 
 
-def within_row(pattern: RowPattern, rows: int, padded: int) -> Tensor:
-    """``(n,)`` int64: where in its row each coefficient of a pattern over ``(rows, padded)`` stands.
-
-    Row starts are repeated and subtracted: much cheaper than a remainder for each coefficient.
-    """
-    return pattern.positions - per_row(torch.arange(rows, device=pattern.positions.device) * padded, pattern)
-
-
-def _kept(bits: Tensor, count: int) -> Tensor:
-    """Positions of the set bits; sparse bitmaps are scanned byte by byte first."""
-    if bits.device.type != "cpu" or 16 * count > 8 * bits.numel():
-        return true_positions(from_bits(bits))
-    flat = bits.numpy().ravel()
-    filled = np.flatnonzero(flat)
-    within = np.flatnonzero(np.unpackbits(flat[filled], bitorder="little"))
-    return torch.from_numpy((filled[within >> 3] << 3) | (within & 7))
+def _divide(positions: Tensor, divisor: int) -> Tensor:
+    if positions.device.type == "cpu":  # by multiplication and shift
+        return torch.from_numpy(positions.numpy() // divisor)
+    return positions.div(divisor, rounding_mode="floor")

@@ -6,18 +6,37 @@ import torch
 from torch import Tensor
 
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference.pattern import RowPattern, half_positions, per_row, row_index, row_pattern
+from spectriton.reference.pattern import RowPattern, TileIndex, half_positions, per_row, row_index, row_pattern
+
+# A pair of parts, seen as one element: indexing moves it as a whole.
+_PAIR = {
+    torch.float64: torch.complex128,
+    torch.float32: torch.complex64,
+    torch.float16: torch.int32,
+    torch.bfloat16: torch.int32,
+    torch.int8: torch.int16,
+}
+
+
+def take_values(values: Tensor, places: slice | Tensor) -> Tensor:
+    """``values[places]`` of stored values, ``(N, 2)`` or 4-bit pairs ``(N,)``."""
+    if isinstance(places, slice):
+        return values[places]
+    pair = _PAIR.get(values.dtype)
+    if pair is None:
+        return values.index_select(0, places)
+    return values.view(pair).view(-1).index_select(0, places).view(values.dtype).view(-1, 2)
 
 
 def read_values(values: Tensor, scales: Tensor, pattern: RowPattern, tile_scales: Tensor, dtype: torch.dtype) -> Tensor:
     """``(n, 2)`` values of a pattern in precision ``dtype``; ``tile_scales`` are the scales of its tiles."""
-    stored = values[pattern.slots]
+    stored = take_values(values, pattern.slots)
     if values.dtype == torch.uint8:  # two's complement nibbles, real part low
         stored = torch.stack([(stored & 15).to(torch.int8), (stored >> 4).to(torch.int8)], dim=-1)
         stored = stored - ((stored & 8) << 1)
     stored = stored.to(dtype)
     if scales.numel():
-        stored *= torch.repeat_interleave(tile_scales.flatten().to(dtype), pattern.counts)[:, None]
+        stored *= torch.repeat_interleave(tile_scales.flatten().to(dtype), pattern.counts.flatten())[:, None]
     return stored
 
 
@@ -26,7 +45,7 @@ def unpack_rows(
     scales: Tensor,
     bitmap: Tensor,
     offsets: Tensor,
-    rows: Tensor,
+    rows: slice | Tensor,
     t0: int,
     t1: int,
     out: Tensor,
@@ -58,12 +77,14 @@ def unpack_planes(
     count: int,
     row_scale: Tensor | None,
     out: Tensor,
+    index: TileIndex | None = None,
 ) -> Tensor:
     """Writes ``out`` ``(count, H, Wh, 2)``: the half spectra of the planes from ``t0 * tile`` on, mirrors filled in.
 
     ``row_scale`` ``(F,)``, where given, multiplies each frequency.
     """
-    pattern = row_pattern(bitmap, offsets, None, t0, t1)
+    every = slice(0, grid.count)
+    pattern = row_pattern(bitmap, offsets, every, t0, t1, index)
     tile_scales = scales[:, t0:t1] if scales.numel() else scales
     kept = read_values(values, scales, pattern, tile_scales, out.dtype)
     if row_scale is not None:
@@ -76,12 +97,3 @@ def unpack_planes(
     mirrored = grid.index[grid.mirror_row]
     half[:, grid.mirror_index] = half[:, mirrored].conj_physical()
     return out
-
-
-def spread_rows(rows: Tensor, grid: FrequencyGrid, out: Tensor) -> None:
-    """Stored frequencies ``(F, n)`` to half spectra ``out`` ``(n, H, Wh)``, conjugate columns filled in."""
-    flat = rows.new_empty(grid.height * grid.half_width, rows.shape[1])
-    # Whole rows move to their place, and one transposition brings planes to the front.
-    flat[grid.index] = rows
-    flat[grid.mirror_index] = rows[grid.mirror_row].conj_physical()
-    out.flatten(1).copy_(flat.T)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -39,3 +45,24 @@ def made_up_data(train: int = 70, test: int = 30, size: int = 8) -> ImageData:
         image[0, label % size, label // size : label // size + 4] = 250
     images = images.to(torch.uint8)
     return ImageData("made-up", images[:train], labels[:train], images[train:], labels[train:], 10, (0.15,), (0.2,))
+
+
+def run_and_kill(script: str, argument: Path, line: str) -> None:
+    """Run a script of Python in a process of its own, and kill that once it prints ``line``.
+
+    The script gets ``argument`` and the folder of these tests.
+    """
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(argument), str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environ,
+    )
+    assert process.stdout is not None
+    with process, process.stdout:
+        for printed in process.stdout:
+            if printed.strip() == line:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL

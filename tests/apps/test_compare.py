@@ -126,9 +126,10 @@ def test_options_reach_the_networks(fake_models: list[dict[str, object]], data: 
     sc.build_network(config, data, "spatial")
     sc.build_network(config, data, "spectral")
     sc.build_network(dataclasses.replace(CONFIG, value_dtype="int8"), data, "spectral")
-    sc.build_network(CONFIG, data, "spectral")
+    sc.build_network(dataclasses.replace(CONFIG, width=0.5), data, "spectral")
     assert [call.get("value_dtype") for call in fake_models] == [None, "int4", "int4", "int8", None]
     assert [call["paper"] for call in fake_models] == [True, False, False, False, False]
+    assert [call["width"] for call in fake_models] == [1, 1, 1, 1, 0.5]
     assert {call["image_size"] for call in fake_models} == {8}
 
 

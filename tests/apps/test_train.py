@@ -7,8 +7,6 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from apps_standins import made_up_data, tiny_network
+from apps_standins import made_up_data, run_and_kill, tiny_network
 from torch import nn
 
 from spectriton import train as st
@@ -178,20 +176,7 @@ def test_a_run_that_is_really_killed_goes_on_to_the_same_bytes(
     tmp_path: Path, whole: tuple[nn.Module, st.TrainResult], data: ImageData
 ) -> None:
     path = tmp_path / "run.pt"
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(path), str(Path(__file__).parent)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environ,
-    )
-    assert process.stdout is not None
-    with process, process.stdout:
-        for line in process.stdout:
-            if line.split() == ["2", "1"]:
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
+    run_and_kill(SCRIPT, path, "2 1")
     model = network()
     result = train(model, data, CONFIG, checkpoint=path)
     assert result.resumed_epochs >= 2

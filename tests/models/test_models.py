@@ -22,6 +22,105 @@ def test_lenet_is_the_published_one():
     assert parameters(paper) == 61_706
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "classes", "published"),
+    [
+        ("alexnet", 224, 1000, 61_100_840),
+        ("vgg16", 224, 1000, 138_357_544),
+        ("vgg16_bn", 224, 1000, 138_365_992),
+        ("vgg16_bn", 32, 10, 14_728_266),
+        ("densenet", 32, 10, 769_162),
+        ("densenet40", 32, 10, 176_122),
+        ("densenet121", 224, 1000, 7_978_856),
+        ("densenet169", 224, 1000, 14_149_480),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, size: int, classes: int, published: int):
+    with torch.device("meta"):
+        network = models.build(name, "spatial", classes, 3, size)
+    assert parameters(network) == published
+
+
+@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize("name", [name for name in models.NETWORKS if name != "lenet"])
+def test_originals_take_small_and_large_images(name: str, size: int):
+    with torch.device("meta"):
+        network = models.build(name, "spatial", 7, 3, size)
+        assert network(torch.empty(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "sizes"),
+    [
+        ("alexnet", 32, {"conv1": 16, "pool1": 8, "conv2": 8, "pool2": 4, "conv5": 4, "pool5": 2}),
+        ("alexnet", 224, {"conv1": 55, "pool1": 27, "conv2": 27, "pool2": 13, "conv5": 13, "pool5": 6}),
+        ("vgg16_bn", 32, {"conv1_1": 32, "conv2_1": 16, "conv5_3": 2, "pool5": 1}),
+        ("vgg16", 224, {"conv1_1": 224, "conv3_3": 56, "conv5_3": 14, "pool5": 7}),
+        ("densenet", 32, {"conv0": 32, "block1": 32, "block2": 16, "block3": 8}),
+        ("densenet121", 32, {"conv0": 32, "block1": 32, "block4": 4}),
+        ("densenet121", 224, {"conv0": 112, "pool0": 56, "block1": 56, "transition1_pool": 28, "block4": 7}),
+    ],
+)
+def test_maps_have_the_published_sizes(name: str, size: int, sizes: dict[str, int]):
+    seen = {}
+    with torch.device("meta"):
+        network = models.build(name, "spatial", 10, 3, size)
+        for layer in sizes:
+            network.get_submodule(layer).register_forward_hook(
+                lambda module, args, out, layer=layer: seen.update({layer: out.shape[-1]})
+            )
+        network(torch.empty(1, 3, size, size))
+    assert seen == sizes
+
+
+def test_dense_connections_reach_every_layer():
+    """DenseNet-BC by its definition: 1x1 to 4k maps, 3x3 to k maps, norm and ReLU in front, everything concatenated."""
+    torch.manual_seed(0)
+    network = models.build("densenet40", "spatial", 10, 3, 8).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.weight)
+    x = torch.randn(2, 24, 8, 8)
+    maps = [x]
+    for layer in network.block1:
+        h = layer.norm(torch.cat(maps, 1)).relu()
+        h = nn.functional.conv2d(h, layer.conv1.weight)
+        h = layer.conv1.norm(h).relu()
+        maps.append(nn.functional.conv2d(h, layer.conv2.weight, padding=1))
+    assert [m.shape[1] for m in maps] == [24] + [12] * 6
+    torch.testing.assert_close(network.block1(x), torch.cat(maps, 1))
+
+
+@pytest.mark.parametrize("name", list(models.NETWORKS))
+def test_width_scales_channels(name: str):
+    """Weights between hidden layers shrink with the square of the width."""
+    counts = []
+    for width in (1.0, 0.25):
+        with torch.device("meta"):
+            counts.append(parameters(models.build(name, "spatial", 10, 1, 32, width=width)))
+    assert counts[0] / 20 < counts[1] < counts[0] / 8
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "deviation"),
+    [
+        ("vgg16_bn", "conv2_1", (2 / (128 * 9)) ** 0.5),  # by outputs
+        ("densenet121", "block1.layer1.conv2", (2 / (128 * 9)) ** 0.5),  # by inputs
+        ("alexnet", "conv2", (1 / (3 * 64 * 25)) ** 0.5),  # uniform, as PyTorch does
+    ],
+)
+def test_initial_values_are_as_published(name: str, layer: str, deviation: float):
+    torch.manual_seed(0)
+    weight = models.build(name, "spatial", 10, 3, 32).get_submodule(layer).weight.detach()
+    assert abs(float(weight.mean())) < 0.02 * deviation
+    assert float(weight.std()) == pytest.approx(deviation, rel=0.02)
+    if name == "vgg16_bn":
+        network = models.build(name, "spatial", 10, 3, 32)
+        assert float(network.fc.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+        assert not network.conv1_1.bias.any() and not network.fc.bias.any()
+
+
 @pytest.mark.parametrize("size", [12, 28, 29, 32])
 @pytest.mark.parametrize("variant", ["spatial", "spectral"])
 def test_shapes_and_gradients(size: int, variant: str):
@@ -90,6 +189,11 @@ def test_twin_saves_less():
         ("lenet", {"variant": "spektral"}, ValueError, "did you mean 'spectral'"),
         ("lenet", {"num_classes": 0}, ValueError, "num_classes got 0"),
         ("lenet", {"image_size": 8}, ValueError, "at least 12"),
+        ("alexnet", {"image_size": 36}, ValueError, "multiple of 8"),
+        ("vgg16", {"image_size": 28}, ValueError, "at least 32"),
+        ("densenet", {"image_size": 3}, ValueError, "at least 4"),
+        ("lenet", {"width": 0.0}, ValueError, "width got 0"),
+        ("lenet", {"width": "half"}, ValueError, "width got half"),
         ("lenet", {"treshold": 0.5}, TypeError, "option got 'treshold'"),
         ("lenet", {"threshold": -1.0}, ValueError, "not negative"),
         ("lenet", {"activation": "relu"}, ValueError, "activation got 'relu'"),

@@ -183,7 +183,7 @@ BAD = [
     (lambda: snn.SpectralConv2d.from_conv2d(nn.Linear(3, 4)), TypeError, "expected an nn.Conv2d"),
     (lambda: snn.SpectralConv2d.from_conv2d(nn.Conv2d(3, 4, 3)), ValueError, "padding got"),
     (lambda: snn.SpectralConv2d.from_conv2d(nn.Conv2d(3, 4, 3, padding=2, dilation=2)), ValueError, "dilation"),
-    (lambda: snn.SpecBlock.from_conv2d(nn.Conv2d(3, 4, 3, padding=1, stride=2)), ValueError, "stride got"),
+    (lambda: snn.SpecBlock(3, 4, 3, stride=0), ValueError, "stride got 0"),
     (lambda: snn.SpecBlock(3, 4, 3)(torch.zeros(1, 3, 4, 4)), TypeError, "ToSpectral"),
     (lambda: snn.SpecBlock(3, 4, 3)(ops.to_spectral(torch.zeros(1, 2, 4, 4), threshold=0)), ValueError, "2 channels"),
     (lambda: snn.ToSpatial()(torch.zeros(1, 3, 4, 4)), TypeError, "PackedSpectrum"),
@@ -216,3 +216,39 @@ def test_distributed_data_parallel(tmp_path):
             torch.testing.assert_close(a, b)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_block_with_norm_is_convolution_batch_norm_activation(training: bool):
+    """Everything kept: against nn.Conv2d and nn.BatchNorm2d in space, statistics included."""
+    torch.manual_seed(0)
+    block = snn.SpecBlock(3, 4, 3, 0.0, "identity", norm=True, stride=2, dtype=torch.float64).train(training)
+    conv = torch.nn.Conv2d(3, 4, 3, 2, 1, padding_mode="circular", dtype=torch.float64)
+    norm = torch.nn.BatchNorm2d(4, dtype=torch.float64).train(training)
+    with torch.no_grad():
+        block.norm.weight.uniform_(0.5, 2)
+        block.norm.bias.normal_()
+    conv.load_state_dict({"weight": block.weight, "bias": block.bias})
+    norm.load_state_dict(block.norm.state_dict())
+    x = torch.randn(5, 3, 6, 8, dtype=torch.float64)
+    got = snn.ToSpatial()(block(snn.ToSpectral()(x)))
+    expected = norm(conv(x))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(block.norm.state_dict(), norm.state_dict(), rtol=1e-10, atol=1e-10)
+    grad = torch.randn_like(got)
+    mine = torch.autograd.grad(got, (block.weight, block.norm.weight, block.norm.bias), grad)
+    theirs = torch.autograd.grad(expected, (conv.weight, norm.weight, norm.bias), grad)
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_threshold_of_a_block_with_norm_is_meant_for_its_output():
+    """Channels of any loudness keep the same fraction once the running statistics know it."""
+    torch.manual_seed(0)
+    block = snn.SpecBlock(2, 2, 1, 1.0, norm=True, activation_scale=3.0, bias=False)
+    with torch.no_grad():
+        block.weight[0] *= 100
+    packed = snn.ToSpectral()(torch.randn(16, 2, 8, 8))
+    for _ in range(60):
+        out = block(packed)
+    kept = (out.to_dense().abs() > 0).flatten(2).float().mean((0, 2))
+    assert 0.1 < kept[0] < 0.9 and abs(kept[0] - kept[1]) < 0.1, kept

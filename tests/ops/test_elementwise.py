@@ -165,3 +165,33 @@ BAD = [
 def test_bad_input(call, kind: type[Exception], text: str):
     with pytest.raises(kind, match=text):
         call()
+
+
+@pytest.mark.parametrize("value_dtype", ["float64", "int8"])
+@pytest.mark.parametrize("kind", ["tanh", "softsign"])
+def test_activation_of_packed_spectra(backend: str, kind: str, value_dtype: str):
+    """The dense activation at the kept coefficients, in chunks and as one; gradients of input and scale."""
+    packed = ops.to_spectral(torch.randn(3, 5, 6, 7, dtype=torch.float64), threshold=0.8, value_dtype=value_dtype)
+    packed.requires_grad_()
+    scale = (torch.rand(5, dtype=torch.float64) + 0.5).requires_grad_()
+    out = ops.spectral_activation(packed, kind, scale, workspace=1)
+    dense = packed.to_dense()
+    expected = ops.spectral_activation(dense, kind, scale)
+    tolerance = 1e-12 if value_dtype == "float64" else 2e-2
+    torch.testing.assert_close(out.to_dense(), expected, rtol=0, atol=tolerance)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, (packed.edge, scale), grad, retain_graph=True) for y in (out.to_dense(), expected)),
+        rtol=10 * tolerance,
+        atol=10 * tolerance,
+    )
+    assert out.bitmap is packed.bitmap and out.value_dtype == value_dtype
+
+
+def test_activation_of_packed_spectra_as_an_op():
+    packed = ops.to_spectral(torch.randn(2, 3, 4, 5, dtype=torch.float64), threshold=0.5).requires_grad_()
+    scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    fields = (packed.edge, packed.values, packed.scales, packed.bitmap, packed.offsets)
+    torch.library.opcheck(torch.ops.spectriton.packed_activation.default, (*fields, "tanh", scale, [2, 3, 4, 5], 0))
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        ops.spectral_activation(packed, "tanh", torch.ones(4))

@@ -85,3 +85,36 @@ def test_strides_nan_and_checks(name: str):
 def test_bad_input(x: torch.Tensor, kernel: int, kind: type[Exception], text: str):
     with pytest.raises(kind, match=text):
         ops.max_pool2d(x, kernel)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), CASES)
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_maximum_of_packed_maps(backend: str, size: tuple[int, int], kernel: int, stride: int | None, batch: int):
+    packed = ops.to_spectral(torch.randn(batch, 7, *size, dtype=torch.float64), threshold=0.7).requires_grad_()
+    got, expected = (ops.max_pool2d(x, kernel, stride) for x in (packed, ops.to_spatial(packed)))
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    torch.testing.assert_close(*(torch.autograd.grad(y, packed.edge, grad) for y in (got, expected)))
+
+
+def test_maximum_of_packed_maps_in_chunks():
+    """Whatever the workspace; nothing but codes is added to what is saved."""
+    packed = ops.to_spectral(torch.randn(40, 16, 6, 6), threshold=0.7).requires_grad_()
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        small = ops.max_pool2d(packed, workspace=1)
+    expected = ops.max_pool2d(ops.to_spatial(packed))
+    torch.testing.assert_close(small, expected)
+    grad = torch.randn_like(small)
+    torch.testing.assert_close(*(torch.autograd.grad(y, packed.edge, grad) for y in (small, expected)))
+    own = packed.bitmap.nbytes + packed.offsets.nbytes
+    assert sum(t.untyped_storage().nbytes() for t in saved) == own + small.numel() * 2 // 8
+
+
+def test_maximum_of_packed_maps_as_an_op():
+    packed = ops.to_spectral(torch.randn(2, 3, 5, 6, dtype=torch.float64), threshold=0.5)
+    fields = (packed.values, packed.scales, packed.bitmap, packed.offsets)
+    arguments = (packed.edge.clone().requires_grad_(), *fields, [2, 3, 5, 6], [2, 2], [2, 2], 0)
+    torch.library.opcheck(torch.ops.spectriton.packed_max_pool2d.default, arguments)
+    with pytest.raises(ValueError, match="at most the 5x6 maps"):
+        ops.max_pool2d(packed, 7)

@@ -164,11 +164,93 @@ def test_opcheck():
     packed = ops.to_spectral(torch.randn(2, 3, 5, 6, dtype=DOUBLE), threshold=0.5).requires_grad_()
     weight, bias = taps(4, 3, (3, 3), packed.device)
     scale = (torch.rand(4, dtype=DOUBLE) + 0.5).requires_grad_()
-    fields = (packed.edge, packed.values, packed.scales, packed.bitmap, packed.offsets)
+    fields = ([t] for t in (packed.edge, packed.values, packed.scales, packed.bitmap, packed.offsets))
+    convolution = ([2, 5, 6], [3], [1, 1], [1, 1], 1, "tanh", 0)
     torch.library.opcheck(
         torch.ops.spectriton.spec_block.default,
-        (*fields, weight, bias, scale, list(packed.shape), 1, 0.5, -1.0, "tanh", "float64", 0),
+        (*fields, weight, bias, scale, *convolution, 0.5, -1.0, "float64", None),
     )
+
+
+def circular_convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int], dilation: tuple[int, int],
+                         groups: int = 1) -> Tensor:  # fmt: skip
+    """In space: wrapped around, with taps apart by ``dilation``, taken at every ``stride``-th position."""
+    padding = []
+    for taps_, step in zip(weight.shape[:1:-1], dilation[::-1], strict=True):
+        padding += [step * (taps_ - 1) // 2, step * (taps_ - 1) - step * (taps_ - 1) // 2]
+    wrapped = torch.nn.functional.pad(x, padding, mode="circular")
+    return torch.nn.functional.conv2d(wrapped, weight, bias, stride, 0, dilation, groups)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "dilation", "groups"),
+    [
+        ((8, 8), (3, 3), (2, 2), (1, 1), 1),
+        ((6, 10), (3, 5), (2, 1), (1, 1), 2),
+        ((12, 12), (11, 11), (4, 4), (1, 1), 1),
+        ((9, 6), (3, 2), (3, 2), (1, 1), 1),
+        ((7, 8), (3, 3), (1, 1), (2, 3), 1),
+        ((8, 8), (3, 3), (2, 2), (1, 2), 4),
+        ((4, 4), (3, 3), (4, 4), (1, 1), 1),
+    ],
+)
+def test_stride_and_dilation(
+    backend: str,
+    device: torch.device,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+):
+    """Against the convolution in space, forward and gradients; chunks of a few frequencies."""
+    x = torch.randn(2, 4, *size, dtype=DOUBLE, device=device, requires_grad=True)
+    weight = torch.randn(8, 4 // groups, *kernel, dtype=DOUBLE, device=device, requires_grad=True)
+    bias = torch.randn(8, dtype=DOUBLE, device=device, requires_grad=True)
+    expected = circular_convolution(x, weight, bias, stride, dilation, groups)
+    packed = ops.to_spectral(x, threshold=0.0)
+    out = ops.spec_block(
+        packed, weight, bias, stride=stride, dilation=dilation, groups=groups, threshold=0.0, activation="identity",
+        workspace=4096,
+    )  # fmt: skip
+    got = ops.to_spatial(out)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    grad = torch.randn_like(got)
+    leaves = (x, weight, bias)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_several_inputs_are_concatenated_channels(backend: str, device: torch.device, stride: int):
+    parts = [torch.randn(3, c, 6, 8, dtype=DOUBLE, device=device, requires_grad=True) for c in (2, 5, 1)]
+    weight, bias = taps(4, 8, (3, 3), device)
+    packed = [ops.to_spectral(x, threshold=0.8) for x in parts]
+    settings = {"stride": stride, "threshold": 0.7, "workspace": 4096}
+    got = ops.to_spatial(ops.spec_block(packed, weight, bias, **settings))
+    dense = torch.cat([ops.to_spatial(p) for p in packed], 1)
+    expected = ops.to_spatial(ops.spec_block(ops.to_spectral(dense, threshold=0.0), weight, bias, **settings))
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    leaves = (*parts, weight, bias)
+    torch.testing.assert_close(*(torch.autograd.grad(y, leaves, grad, retain_graph=True) for y in (got, expected)))
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    small, large = (ops.to_spectral(torch.randn(2, 3, n, n), threshold=0.5) for n in (4, 6))
+    weight = torch.randn(4, 6, 3, 3)
+    with pytest.raises(ValueError, match="maps of 4x4"):
+        ops.spec_block([small, large], weight, threshold=0.5)
+    with pytest.raises(ValueError, match="groups"):
+        ops.spec_block([small, small], torch.randn(4, 3, 3, 3), threshold=0.5, groups=2)
+    with pytest.raises(ValueError, match="at least one"):
+        ops.spec_block([], weight, threshold=0.5)
+    with pytest.raises(ValueError, match="a divisor of the 4x4 maps"):
+        ops.spec_block(small, weight[:, :3], threshold=0.5, stride=3)
+    with pytest.raises(ValueError, match="dilation"):
+        ops.spec_block(small, weight[:, :3], threshold=0.5, dilation=0)
 
 
 def test_block_saves_packed_data_and_parameters_only():
@@ -215,3 +297,13 @@ def test_bad_input(call, kind: type[Exception], text: str):
     packed = ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=0.5)
     with pytest.raises(kind, match=text):
         call(packed, torch.randn(4, 3, 3, 3))
+
+
+def test_threshold_scale_sets_the_threshold_of_each_channel(backend: str, device: torch.device):
+    packed = ops.to_spectral(torch.randn(4, 3, 6, 6, dtype=DOUBLE, device=device), threshold=0.3)
+    weight, bias = taps(2, 3, (3, 3), device)
+    scale = torch.tensor([0.5, 2.0], dtype=DOUBLE, device=device)
+    both = ops.spec_block(packed, weight, bias, threshold=1.0, threshold_scale=scale).to_dense()
+    for channel in range(2):
+        alone = ops.spec_block(packed, weight, bias, threshold=float(scale[channel])).to_dense()
+        torch.testing.assert_close(both[:, channel], alone[:, channel])

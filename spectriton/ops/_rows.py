@@ -1,0 +1,46 @@
+"""Whole rows of packed spectra whose pattern is known: what they take of the workspace, and how they are stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectriton import reference
+from spectriton._backend import backend
+from spectriton.packed import Layout
+from spectriton.reference import RowPattern
+
+
+def row_bytes(sizes: Layout, dtype: torch.dtype, kept: int, chunks: int = 1) -> int:
+    """Temporaries in bytes for one row: dense chunks of pairs, and what reading and storing the pattern takes.
+
+    Args:
+        sizes: layout of the packed spectrum.
+        dtype: real precision of the chunks.
+        kept: coefficients kept in all rows.
+        chunks: how many dense chunks stand side by side.
+    """
+    item = 2 * dtype.itemsize
+    share = kept / max(1, sizes.frequencies * sizes.row)
+    # A mask; per kept coefficient its position and slot, the value on its way, and what rounding makes of it.
+    return int(sizes.padded_row * (chunks * item + 1 + share * (16 + 4 * item)))
+
+
+def store_rows(
+    y: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    rows: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    pattern: RowPattern | None = None,
+) -> None:
+    """Applies a pattern to whole rows ``y`` ``(Fc, P, 2)`` and rounds to the format of ``values``.
+
+    Integer values are left to the reference.
+    """
+    primitives = backend(y.device)
+    if primitives.name == "reference" or scales.numel():
+        reference.store_rows(y, bitmap, offsets, rows, values, scales, pattern)
+    else:
+        primitives.gather_rows(y, bitmap, offsets, rows, 0, values, pattern)

@@ -1,0 +1,157 @@
+"""Batch norm and pooling layers in packed networks, beside their spatial counterparts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectriton import PackedSpectrum, ops
+from spectriton import nn as snn
+
+DOUBLE = torch.float64
+
+
+def twins(**options: object) -> tuple[nn.BatchNorm2d, snn.SpectralBatchNorm2d]:
+    """The same layer for maps and for spectra, parameters at random."""
+    spatial, spectral = nn.BatchNorm2d(3, dtype=DOUBLE, **options), snn.SpectralBatchNorm2d(3, dtype=DOUBLE, **options)
+    with torch.no_grad():
+        for parameter in spatial.parameters():
+            parameter.normal_()
+    spectral.load_state_dict(spatial.state_dict())
+    return spatial, spectral
+
+
+def through(layer: nn.Module, x: Tensor) -> Tensor:
+    return ops.to_spatial(layer(ops.to_spectral(x, threshold=0.0)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, {"momentum": 0.9, "eps": 0.1}, {"affine": False}, {"track_running_stats": False}],
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_batch_norm_follows_its_twin_through_training(options: dict[str, object], dense: bool):
+    spatial, spectral = twins(**options)
+    for step in range(6):
+        training = step not in (3, 5)
+        spatial.train(training), spectral.train(training)
+        x = (2 * torch.randn(2, 3, 5, 4, dtype=DOUBLE) + step).requires_grad_()
+        expected = spatial(x)
+        if dense:
+            got = torch.fft.irfft2(spectral(torch.fft.rfft2(x, norm="ortho")), s=(5, 4), norm="ortho")
+        else:
+            got = through(spectral, x)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+        grad = torch.randn_like(x)
+        leaves = [[x, *layer.parameters()] for layer in (spectral, spatial)]
+        for a, b in zip(
+            torch.autograd.grad(got, leaves[0], grad), torch.autograd.grad(expected, leaves[1], grad), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+        theirs, ours = spatial.state_dict(), spectral.state_dict()
+        assert list(ours) == list(theirs)
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-10)
+
+
+def test_batch_norm_state_and_repr():
+    spatial, spectral = twins()
+    through(spectral, torch.randn(2, 3, 4, 4, dtype=DOUBLE))
+    spatial.load_state_dict(spectral.state_dict())
+    assert spatial.num_batches_tracked == 1
+    assert repr(spectral) == repr(spatial).replace("BatchNorm2d", "SpectralBatchNorm2d")
+    assert copy.deepcopy(spectral).float().running_mean.dtype == torch.float32
+    spectral.reset_running_stats()
+    assert spectral.num_batches_tracked == 0 and torch.equal(spectral.running_var, torch.ones(3, dtype=DOUBLE))
+
+
+def test_batch_norm_refuses_what_its_twin_refuses():
+    layer = snn.SpectralBatchNorm2d(3)
+    with pytest.raises(ValueError, match="more than one value per channel in training"):
+        layer(ops.to_spectral(torch.ones(1, 3, 1, 1), threshold=0.0))
+    assert layer.eval()(ops.to_spectral(torch.ones(1, 3, 1, 1), threshold=0.0)).shape == (1, 3, 1, 1)
+    with pytest.raises(ValueError, match=r"weight got .* of shape \(3,\), expected shape \(4,\)"):
+        layer(ops.to_spectral(torch.ones(1, 4, 2, 2), threshold=0.0))
+
+
+def test_stochastic_weight_averaging_updates_the_statistics():
+    """`update_bn` looks for batch norm by its class."""
+    batches = [torch.randn(4, 3, 6, 6, dtype=DOUBLE) for _ in range(3)]
+    spatial, spectral = twins()
+    network = nn.Sequential(snn.ToSpectral(0.0), spectral)
+    torch.optim.swa_utils.update_bn(batches, nn.Sequential(spatial))
+    torch.optim.swa_utils.update_bn(batches, network)
+    torch.testing.assert_close(spectral.running_mean, spatial.running_mean, rtol=0, atol=1e-10)
+    torch.testing.assert_close(spectral.running_var, spatial.running_var, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"), [({}, (4, 3)), ({"kernel_size": (1, 3)}, (9, 2)), ({"output_size": 5}, (5, 5))]
+)
+def test_pooling_of_packed_maps_and_half_spectra(options: dict[str, object], size: tuple[int, int]):
+    layer = snn.SpectralPool2d(**options)
+    x = torch.randn(2, 3, 9, 7, dtype=DOUBLE)
+    pooled = layer(x)
+    assert pooled.shape == (2, 3, *size)
+    torch.testing.assert_close(through(layer, x), pooled)
+    half = layer(torch.fft.rfft2(x, norm="ortho"), size=(9, 7))
+    torch.testing.assert_close(half, torch.fft.rfft2(pooled, norm="ortho"))
+
+
+def test_pooling_settings():
+    assert repr(snn.SpectralPool2d()) == "SpectralPool2d(kernel_size=(2, 2))"
+    assert repr(snn.SpectralPool2d(output_size=(4, 5))) == "SpectralPool2d(output_size=(4, 5))"
+    with pytest.raises(ValueError, match="SpectralPool2d: kernel_size got 0"):
+        snn.SpectralPool2d(0)
+    with pytest.raises(ValueError, match="SpectralPool2d: output_size got"):
+        snn.SpectralPool2d(output_size=(4, 0))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        snn.ToSpectral(0.2),
+        snn.SpecBlock(3, 6, 3, 0.4, "identity"),
+        snn.SpectralBatchNorm2d(6),
+        snn.SpectralPool2d(2),
+        snn.SpecBlock(6, 4, 3, 0.4),
+        snn.ToSpatial(),
+    )
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert x.grad is not None
+    return [x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def test_in_a_packed_network():
+    model, x = network(), torch.randn(2, 3, 8, 8)
+    seen: list[object] = []
+    for layer in model[2:4]:
+        layer.register_forward_hook(lambda module, args, out: seen.append(out))
+    expected = gradients(model, x)
+    assert len(expected) == 1 + len(list(model.parameters()))
+    assert [type(s) for s in seen] == [PackedSpectrum, PackedSpectrum]
+    with torch.autograd.graph.save_on_cpu():
+        for a, b in zip(gradients(model, x), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.inference_mode():
+        assert model.eval()(x).shape == (2, 4, 4, 4)
+
+
+def test_compiles_without_graph_breaks():
+    model, x = network(), torch.randn(2, 3, 8, 8)
+    model[2].momentum = None  # the cumulative mean, of which the share depends on a buffer
+    other = copy.deepcopy(model)
+    expected = gradients(model, x)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for a, b in zip(gradients(compiled, x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(other[2].running_var, model[2].running_var)
+    assert other[2].num_batches_tracked == 1
