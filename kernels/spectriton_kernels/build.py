@@ -5,12 +5,13 @@ back from the machine code: registers, bytes of stack, instructions that touch l
 accesses to global memory. The exit status is 1 where something spills or an access that must be wide is not.
 
 By default each example is built in the configuration the heuristics choose. `--all` builds every example in every
-configuration; `--gate` what the tests look at: on sm_90 every example as chosen and the core ones in every
-configuration, elsewhere the core ones as chosen and in the smallest and the largest blocks. `--table FILE` writes what
-`spectriton_kernels.roof` makes of the builds.
+configuration, which takes long; `--gate` what the tests look at: on sm_90 every example as chosen, elsewhere the core
+ones as chosen, and each core one for one of the targets in the smallest and the largest blocks. `--table FILE` writes
+what `spectriton_kernels.roof` makes of the builds.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -186,13 +187,12 @@ def tunable_of(launch: Launch) -> Any:
     return TUNABLES[launch.kernel.__name__.removesuffix("_kernel")]
 
 
-def jobs(chosen: Iterable[Example], targets: Iterable[str], configs: str = "chosen") -> list[Job]:
-    """Builds to make of examples; `configs` is "chosen", "extremes" (of the space, and the one chosen) or "all"."""
+def jobs(chosen: Iterable[Example], targets: Sequence[str], every_config: bool = False) -> list[Job]:
+    """Builds to make of examples: as chosen, or besides in every configuration."""
     found = []
     for example in chosen:
-        space = tunable_of(example.plan(None)).space
-        some = {"chosen": (), "extremes": (space[0], space[-1]), "all": space}[configs]
-        found += [Job(example, target, config) for target in targets for config in (None, *some)]
+        space = tunable_of(example.plan(None)).space if every_config else ()
+        found += [Job(example, target, config) for target in targets for config in (None, *space)]
     return found
 
 
@@ -200,8 +200,11 @@ def gate() -> list[Job]:
     """What the tests look at."""
     every = examples()
     core = [example for example in every if example.core]
-    others = [target for target in TARGETS if target != "sm_90"]
-    return jobs(every, ["sm_90"]) + jobs(core, ["sm_90"], "all") + jobs(core, others, "extremes")
+    found = jobs(every, ["sm_90"]) + jobs(core, [target for target in TARGETS if target != "sm_90"])
+    for example, target in zip(core, itertools.cycle(TARGETS), strict=False):
+        space = tunable_of(example.plan(None)).space
+        found += [Job(example, target, config) for config in (space[0], space[-1])]
+    return found
 
 
 def compile_all(wanted: Sequence[Job]) -> list[tuple[Job, Launch, Any]]:
@@ -308,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{given.table} written in {time.perf_counter() - begin:.0f} s")
         return 0
     chosen = [e for e in examples() if given.only in e.name and (e.core or not given.core)]
-    wanted = gate() if given.gate else jobs(chosen, given.target or list(TARGETS), "all" if given.all else "chosen")
+    wanted = gate() if given.gate else jobs(chosen, given.target or list(TARGETS), given.all)
     builds = build_all(wanted)
     seconds = time.perf_counter() - begin
     if given.json:

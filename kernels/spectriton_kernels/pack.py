@@ -23,7 +23,7 @@ def load_tiles(y_ptr, i_first, tiles, TILES: tl.constexpr, TILE: tl.constexpr):
     """(re, im) of dense tiles `i_first` .., (TILES, TILE) in float64 for float64 data and in float32 otherwise."""
     # flat offsets give 128-bit loads
     o_real = tl.arange(0, TILES * 2 * TILE)
-    m_real = o_real < (tiles - i_first) * (2 * TILE)
+    m_real = o_real < tl.minimum(tiles - i_first, TILES) * (2 * TILE)
     b_y = tl.load(y_ptr + i_first.to(tl.int64) * (2 * TILE) + o_real, mask=m_real, other=0.0)
     if b_y.dtype != tl.float64:
         b_y = b_y.to(tl.float32)
@@ -204,9 +204,10 @@ def plan_pack_rows(
     """The launch behind `pack_rows`, by default in the configuration chosen for it."""
     require_float_values(values)
     assert kind in KINDS, kind
-    assert channels < 2**19, "the kernel divides by way of float32"
     tile, row_tiles, chunk_tiles = tile_geometry(bitmap, y)
     thresholds = threshold if isinstance(threshold, torch.Tensor) else None
+    by_channel = thresholds is not None or scale is not None
+    assert channels < 2**19 or not by_channel, "the kernel divides by way of float32"
     tiles = rows.shape[0] * chunk_tiles
     if config is None:
         config = PACK_ROWS.choose(y.device, (y.dtype, values.dtype), (tiles, tile))

@@ -69,7 +69,7 @@ def unpack_rows_kernel(
     b_value = tl.load(p_value, mask=(b_kept != 0)[:, :, None] & (o_part < 2), other=0.0)
     # flat offsets give 128-bit stores
     o_real = tl.arange(0, TILES * 2 * TILE)
-    m_real = o_real < (tiles - i_first) * (2 * TILE)
+    m_real = o_real < tl.minimum(tiles - i_first, TILES) * (2 * TILE)
     b_out = tl.reshape(convert(b_value, out_ptr), [TILES * 2 * TILE])
     tl.store(out_ptr + i_first.to(tl.int64) * (2 * TILE) + o_real, b_out, mask=m_real)
 
