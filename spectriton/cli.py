@@ -312,20 +312,23 @@ def build_app() -> Any:
     @app.command()
     def tune(
         *,
-        model: Annotated[
+        shapes: Annotated[
             str | None,
             typer.Option(
-                help=f"Shapes of a training step of this network's spectral twin ({', '.join(models.NETWORKS)}); "
+                metavar="NETWORK",
+                help=f"Those of a training step of this network's spectral twin ({', '.join(models.NETWORKS)}); "
                 "default: a list of common ones.",
                 rich_help_panel=shapes_panel,
             ),
         ] = None,
-        batch: Annotated[int, typer.Option(help="Images a step of --model.", rich_help_panel=shapes_panel)] = 128,
+        batch_size: Annotated[
+            int, typer.Option(help="Images of a step of --shapes.", rich_help_panel=shapes_panel)
+        ] = 128,
         image_size: Annotated[
-            int, typer.Option(help="Edge of the images of --model in pixels.", rich_help_panel=shapes_panel)
+            int, typer.Option(help="Edge of the images of --shapes in pixels.", rich_help_panel=shapes_panel)
         ] = 32,
         in_channels: Annotated[
-            int, typer.Option(help="Channels of the images of --model.", rich_help_panel=shapes_panel)
+            int, typer.Option(help="Channels of the images of --shapes.", rich_help_panel=shapes_panel)
         ] = 3,
         kernel: Annotated[
             list[str] | None,
@@ -344,10 +347,10 @@ def build_app() -> Any:
             where = TrainConfig(device=device).resolve_device()
             if not dry_run:
                 tuner.check_device(where)
-            if model is None:
+            if shapes is None:
                 cases = tuner.default_cases()
             else:
-                cases = tuner.model_cases(model, batch, image_size, in_channels, where)
+                cases = tuner.model_cases(shapes, batch_size, image_size, in_channels, where)
             cases = tuner.chosen_cases(cases, kernel or [])
             if dry_run:
                 for case in cases:

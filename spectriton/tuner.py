@@ -622,7 +622,7 @@ def model_cases(name: str, batch: int, image_size: int, in_channels: int, device
     from spectriton import models
 
     if batch < 1:
-        fail("tune", "--batch", batch, "a positive int", "pass the batch size you train with")
+        fail("tune", "--batch-size", batch, "a positive int", "pass the batch size you train with")
     network = models.build(name, "spectral", in_channels=in_channels, image_size=image_size).to(device)
     images = torch.randn(batch, in_channels, image_size, image_size, device=device)
     with contextlib.nullcontext() if device.type == "cuda" else _interpreter():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from spectriton import tuning
+from spectriton import _backend, tuning
 from spectriton.tuning import Entry
 from spectriton_kernels import configs
 
@@ -58,6 +58,16 @@ def test_what_is_saved_is_found_by_its_bucket(directory):
     assert configs.COMPLEX_PRODUCT.choose(DEVICE, (torch.float64,), (1000,)) == configs.Stream(8192, 8)
     assert configs.SPECTRAL_ACTIVATION_BACKWARD.choose(DEVICE, SINGLE, (1000,)) == HEURISTIC
     assert tuning.read(path) == {entry().key: entry()}
+
+
+def test_the_backend_looks_configurations_up(monkeypatch):
+    tuning.save(GPU, [entry()])
+    configs.set_lookup(None)
+    assert chosen() == HEURISTIC
+    monkeypatch.setenv("SPECTRITON_BACKEND", "auto")
+    monkeypatch.setattr(_backend, "_triton", None)
+    assert _backend.backend(DEVICE).name == "triton"
+    assert chosen() == TUNED
 
 
 def test_nothing_is_looked_up_when_switched_off(monkeypatch):
