@@ -276,6 +276,9 @@ several that come to the same code); the one that the heuristics choose is bold.
   {1e9 * CACHE_LATENCY:.0f} ns from the second-level cache, an atomic too).
 
 A coefficient is a complex number of the dense side, or a complex weight of a kernel spectrum.
+
+Without tuning the heuristics of `spectriton_kernels/configs.py` choose, by shapes and dtypes alone. `spectriton tune`
+measures each kernel's space on the GPU at hand and writes the fastest to the user's cache; see `spectriton/tuning.py`.
 """
 
 
