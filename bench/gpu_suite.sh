@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go: tests with the Triton kernels on the device, kernels built ahead of time,
-# compute-sanitizer, benchmarks, memory of the LeNet twins, tuned configurations of the kernels. On a machine without a GPU it runs, too: the reference,
-# and a few kernels in the interpreter.
+# compute-sanitizer, benchmarks, memory of training steps, tuned configurations of the kernels. On a machine without a
+# GPU it runs, too: the reference, and a few kernels in the interpreter.
 #
 #   bench/gpu_suite.sh [--quick] [FOLDER]
 #
@@ -9,7 +9,7 @@
 #
 #   summary.txt   what ran, exit codes, seconds       log.txt       all that the steps print
 #   build.json    registers, spills, load widths      bench.json    pytest-benchmark
-#   bench.md/png  table and plot of it                memory.json   a training step of the LeNet twins
+#   bench.md/png  table and plot of it                memory*.json  a training step of networks and twins
 #   <gpu>-triton-<version>.json   tuned configurations; what runs here does not use them
 #
 # A step that fails or runs out of time does not stop those after it; the exit status is 1 then. The whole ends within
@@ -178,13 +178,18 @@ note build $code $((SECONDS - build_start)) "$(grep -c '"example"' "$out/build.j
 rm -f "$out/build.err"
 
 if [ -n "$gpu" ] && [ "$quick" = 0 ]; then
-  step tune 70 "$python" -m bench.tune --seconds 45 "$out"
+  step tune 60 "$python" -m bench.tune --seconds 35 "$out" # by itself, with more seconds, it finds more
 else
   note tune skipped 0 "no GPU, or quick"
 fi
 
 # The LeNet table first: it is short. Benchmarks stop by themselves in time for the report.
-step memory $((quick ? 20 : 40)) "$python" -m bench.lenet_memory --json "$out/memory.json"
+step memory $((quick ? 20 : 40)) "$python" -m bench.step_memory --json "$out/memory.json"
+if [ -n "$gpu" ] && [ "$quick" = 0 ]; then
+  step memory-vgg16 60 "$python" -m bench.step_memory --model vgg16_bn --image-size 224 --channels 3 --classes 1000 \
+    --batch 64 --json "$out/memory-vgg16.json"
+  step memory-densenet 40 "$python" -m bench.step_memory --model densenet --image-size 32 --json "$out/memory-densenet.json"
+fi
 room=$(($(left) - (quick ? 15 : 40)))
 if ((room < 10)); then room=10; fi
 export BENCH_SECONDS=${BENCH_SECONDS:-$room}

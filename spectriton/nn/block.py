@@ -111,6 +111,7 @@ class SpecBlock(nn.Module):
             density=density,
             activation_scale=activation_scale,
             stride=(conv.stride[0], conv.stride[1]),
+            dilation=(conv.dilation[0], conv.dilation[1]),
             groups=conv.groups,
             bias=conv.bias is not None,
             value_dtype=value_dtype,
