@@ -136,7 +136,8 @@ def test_the_clock():
     tuner.check(Case("pack_rows", (SINGLE, SINGLE), (3, 32)), run, problem.expected())
 
 
-def test_a_run_writes_what_later_launches_find(directory, monkeypatch, capsys):
+def test_a_run_writes_what_later_launches_find(directory, monkeypatch):
+    pytest.importorskip("rich", reason="rich is not installed")
     shown = io.StringIO()
     cases = [PRODUCT, Case("spectral_activation_backward", (SINGLE,), (300,))]
     seconds = [4e-6] * 7 + [4e-6] * 6 + [1e-6]
@@ -153,6 +154,8 @@ def test_a_run_writes_what_later_launches_find(directory, monkeypatch, capsys):
 
 
 def test_what_was_found_before_an_interruption_is_kept(directory):
+    pytest.importorskip("rich", reason="rich is not installed")
+
     def timer(sets: Any, device: torch.device) -> float:
         if len(calls) == 8:
             raise KeyboardInterrupt
@@ -191,6 +194,7 @@ def test_one_case_a_bucket_the_largest():
 
 
 def command(*arguments: str) -> int:
+    pytest.importorskip("typer", reason="typer is not installed")
     with pytest.raises(SystemExit) as caught:
         cli.main(["tune", *arguments])
     return caught.value.code or 0  # type: ignore[return-value]
