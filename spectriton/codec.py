@@ -79,7 +79,8 @@ class Encoded:
             device=self.tensors[0].device,
             memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
         )
-        self.codec._decode(self.tensors, out)
+        with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+            self.codec._decode(self.tensors, out)
         return out
 
     def __repr__(self) -> str:
@@ -109,8 +110,8 @@ class Codec:
         check_real_maps(name, "x", x)
         check_seed(name, seed)
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        x = x.detach()
-        return Encoded(self, self._encode(x, seed), x.shape, x.dtype, channels_last)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return Encoded(self, self._encode(x.detach(), seed), x.shape, x.dtype, channels_last)
 
     def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
         raise NotImplementedError
@@ -181,8 +182,8 @@ class QuantiseCodec(Codec):
         check_workspace("QuantiseCodec", self.workspace)
 
     def _groups(self, count: int, device: torch.device) -> Iterator[tuple[int, int]]:
-        """Ranges of groups whose temporaries (about six arrays of four bytes a value) fit the workspace."""
-        yield from _chunks(-(-count // self.group), 24 * self.group, device, self.workspace)
+        """Ranges of groups whose temporaries (about ten arrays of four bytes a value) fit the workspace."""
+        yield from _chunks(-(-count // self.group), 40 * self.group, device, self.workspace)
 
     def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
         flat = _flat(x)
@@ -311,11 +312,12 @@ class BlockCodec(Codec):
         layout = block_codec.block_layout(tuple(x.shape), self.density * self.bits, self.mix)
         workspace = workspace_bytes(self.workspace, x.device)
         stored = block_codec.fit(x, layout, workspace)
-        plan = block_codec.make_plan(stored, layout)
+        plan = block_codec.make_plan(stored, layout, compact=x.device.type == "cpu")
         bits = block_codec.field_bits(plan, layout.record)
         number = _seed(seed, stored[0]) if self.rounding == "stochastic" else None
         records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8, device=x.device)
-        for part in block_codec.regions(layout, workspace):
+        # Noise takes as much again.
+        for part in block_codec.regions(layout, workspace if number is None else workspace // 2):
             maps = block_codec.maps_of(x, layout, part)
             records[part.n0 : part.n1] = block_codec.encode_blocks(maps, layout, plan, bits, part.n0, number)
         return (records, *stored)
@@ -325,7 +327,7 @@ class BlockCodec(Codec):
             return
         layout = block_codec.block_layout(tuple(out.shape), self.density * self.bits, self.mix)
         records, scales, basis, spectrum = tensors
-        plan = block_codec.make_plan((scales, basis, spectrum), layout)
+        plan = block_codec.make_plan((scales, basis, spectrum), layout, compact=out.device.type == "cpu")
         for part in block_codec.regions(layout, workspace_bytes(self.workspace, out.device)):
             target = block_codec.maps_of(out, layout, part)
             size = target.shape[2], target.shape[3]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spectriton import ops
+from spectriton import memory, ops
 from spectriton.codec import BlockCodec, CastCodec, Codec, QuantiseCodec, SpectrumCodec, make_codec
+from spectriton.reference import block_codec
 
 SHAPES = [(2, 3, 8, 8), (1, 5, 7, 9), (3, 2, 1, 1), (2, 3, 2, 13), (0, 3, 4, 4), (2, 0, 4, 4)]
 CODECS: list[Codec] = [
@@ -43,8 +47,9 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*((shape, torch.float32) for shape in SHAPES), *((SHAPES[1], dtype) for dtype in DTYPES[1:])]
+)
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_shape_dtype_and_size(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype):
     x = smooth(*shape).to(dtype)
@@ -88,6 +93,14 @@ def test_repeatable_and_rebuilt_from_tensors(codec: Codec):
     assert again == codec and hash(again) == hash(codec) and repr(again) == repr(codec)
     with pytest.raises(ValueError, match="pass them all"):
         first.with_tensors(copies[:-1])
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_autocast_does_not_reach_into_codecs(codec: Codec):
+    x = smooth(3, 4, 9, 9)
+    expected = codec.encode(x, seed=1).decode()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(codec.encode(x, seed=1).decode(), expected, rtol=0, atol=0)
 
 
 STOCHASTIC = [
@@ -141,11 +154,13 @@ def test_half_precision_does_not_overflow(codec: Codec):
     assert codec.encode(x.float() * 2).decode(torch.float16).isfinite().all()
 
 
-@pytest.mark.parametrize("value", [0.0, 2.5, -3.0])
+@pytest.mark.parametrize("value", [0.0, 2.5, -0.1])
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_constant_maps_come_back_as_they_are(codec: Codec, value: float):
     x = torch.full((3, 4, 6, 6), value)
-    torch.testing.assert_close(codec.encode(x).decode(), x, rtol=1e-6, atol=1e-6)
+    # A format of few bits may lie between its values.
+    tolerance = 4e-3 if isinstance(codec, (CastCodec, SpectrumCodec)) else 1e-6
+    torch.testing.assert_close(codec.encode(x).decode(), x, rtol=tolerance, atol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(1, 0.5), (2, 0.17), (4, 0.034), (8, 0.002)])
@@ -176,6 +191,42 @@ def test_spectrum_is_the_packed_one():
     encoded = SpectrumCodec(density=0.3, bits=8).encode(x)
     assert encoded.nbytes == packed.nbytes
     torch.testing.assert_close(encoded.decode(), ops.to_spatial(packed), rtol=0, atol=0)
+
+
+@pytest.fixture
+def fresh_tables() -> Iterator[None]:
+    """Constants that are kept for later calls are made anew, before and after."""
+    caches = [f for f in vars(block_codec).values() if hasattr(f, "cache_clear")]
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_tables")
+@pytest.mark.parametrize("codec", [c for c in CODECS if not isinstance(c, SpectrumCodec)], ids=repr)
+def test_the_host_never_waits(codec: Codec, monkeypatch: pytest.MonkeyPatch):
+    """Tensors without data can neither be read nor have a shape that depends on data."""
+    make_plan = block_codec.make_plan
+    # As on a GPU; on the CPU there is nothing to wait for.
+    monkeypatch.setattr(block_codec, "make_plan", lambda stored, layout, compact: make_plan(stored, layout, False))
+    with FakeTensorMode():
+        out = codec.encode(torch.empty(4, 6, 16, 9), seed=None).decode()
+    assert out.shape == (4, 6, 16, 9)
+
+
+@pytest.mark.parametrize("codec", [BlockCodec(), BlockCodec(rounding="stochastic"), QuantiseCodec()], ids=repr)
+def test_temporaries_are_bounded(codec: Codec):
+    x = smooth(64, 32, 24, 24)
+    codec = replace(codec, workspace=1 << 20)
+    codec.encode(x).decode()  # tables that stay
+    with memory.track(torch.device("cpu")) as usage:
+        encoded = codec.encode(x)
+    assert usage.peak_bytes < x.nbytes + encoded.nbytes + 1.5 * (1 << 20)
+    with memory.track(torch.device("cpu")) as usage:
+        out = encoded.decode()
+    assert usage.peak_bytes < out.nbytes + encoded.nbytes + 1.5 * (1 << 20)
 
 
 BAD = [

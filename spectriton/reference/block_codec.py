@@ -122,8 +122,10 @@ def block_edge(size: int) -> int:
 def block_layout(shape: tuple[int, int, int, int], rate: float, mix: int) -> BlockLayout:
     """The layout for maps of ``shape`` with ``rate`` bits per value, everything included.
 
+    A record has one byte at least, so maps of a few values a block take more.
+
     Args:
-        shape: ``(B, C, H, W)``.
+        shape: ``(B, C, H, W)``, none of them 0.
         rate: bits per value of the maps.
         mix: at most so many channels in a group; fewer where their basis would take too much of the budget.
     """
@@ -131,17 +133,17 @@ def block_layout(shape: tuple[int, int, int, int], rate: float, mix: int) -> Blo
     edges = block_edge(height), block_edge(width)
     grid = -(-height // edges[0]), -(-width // edges[1])
     budget = int(batch * channels * height * width * rate / 8)
-    mix = max(1, min(mix, channels))
+    mix = min(mix, channels)
     while mix > 1 and channels * mix > budget * _BASIS_SHARE:
         mix //= 2
-    groups = max(1, -(-channels // mix))
+    groups = -(-channels // mix)
     mix = -(-channels // groups)
     rows = groups * mix * edges[0] * edges[1]
     separable = rows / 2 > budget * _SPECTRUM_SHARE
     beside = 4 * (2 * channels + 1) + (groups * mix * mix if mix > 1 else 0)
     beside += groups * mix + edges[0] * edges[1] if separable else -(-rows // 2)
     blocks = batch * grid[0] * grid[1]
-    record = min(-(-rows * MAX_WIDTH // 8), max(1, (budget - beside) // max(1, blocks)))
+    record = min(-(-rows * MAX_WIDTH // 8), max(1, (budget - beside) // blocks))
     return BlockLayout(shape, edges, grid, groups, mix, record, separable)
 
 
@@ -156,19 +158,19 @@ class Region(NamedTuple):
     n1: int
 
 
-def regions(layout: BlockLayout, workspace: int, every: int = 1) -> Iterator[Region]:
-    """Parts of the maps, every ``every``-th image, whose temporaries fit the workspace in bytes."""
+def regions(layout: BlockLayout, workspace: int) -> Iterator[Region]:
+    """Parts of the maps whose temporaries fit the workspace in bytes."""
     down, across = layout.grid
     # Seven arrays of four bytes a value at the most.
-    row_bytes = 28 * layout.components * layout.frequencies * across
-    images = workspace // max(1, row_bytes * down)
-    if images and every == 1:
+    row_bytes = 28 * layout.rows * across
+    images = workspace // (row_bytes * down)
+    if images:
         for b0 in range(0, layout.shape[0], images):
             b1 = min(b0 + images, layout.shape[0])
             yield Region(b0, b1, 0, down, b0 * down * across, b1 * down * across)
         return
-    step = down if images else max(1, workspace // max(1, row_bytes))
-    for b in range(0, layout.shape[0], every):
+    step = max(1, workspace // row_bytes)
+    for b in range(layout.shape[0]):
         for r0 in range(0, down, step):
             r1 = min(r0 + step, down)
             yield Region(b, b + 1, r0, r1, (b * down + r0) * across, (b * down + r1) * across)
@@ -220,17 +222,19 @@ def fit(x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor,
     """Scales, basis and spectrum to store for maps ``x``; see the head of this file. The device is never waited for."""
     channels, groups, mix = x.shape[1], layout.groups, layout.mix
     parts = list(regions(layout, workspace))
-    total = torch.zeros(channels, dtype=torch.float32, device=x.device)
-    low, high = torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf)
-    count = max(1, x.numel() // max(1, channels))
+    total = torch.zeros(channels, dtype=torch.float64, device=x.device)
+    low = torch.full((channels,), torch.inf, device=x.device)
+    high = -low
+    count = x.numel() // channels
     for part in parts:
         maps = maps_of(x, layout, part)
         total += maps.sum((0, 2, 3), dtype=torch.float32)
         low = torch.minimum(low, maps.amin((0, 2, 3)).to(torch.float32))
         high = torch.maximum(high, maps.amax((0, 2, 3)).to(torch.float32))
-    mean = total / count
-    # Within [-1, 1] squares neither overflow nor vanish.
+    mean = (total / count).to(torch.float32)
+    # Within [-1, 1] squares neither overflow nor vanish. What rounding leaves of a constant is none.
     reach = torch.maximum(high - mean, mean - low)
+    reach = torch.where(reach <= 1e-6 * mean.abs(), 0, reach)
     covariance = torch.zeros(groups, mix, mix, dtype=torch.float32, device=x.device)
     for part in parts:
         maps = _standardised(maps_of(x, layout, part), mean, _inverse(reach), layout)
@@ -306,9 +310,9 @@ def _variances(
         of_all = (columns * (correlation @ columns)).sum(1).flatten()
     change = Transform(mean, _inverse(scale), scale, columns, dct_matrix(layout.edges, x.device))
     squares = torch.zeros(layout.components, frequencies, device=x.device)
-    every = max(1, layout.blocks // _SAMPLE_BLOCKS)
-    for part in regions(layout, workspace, every):
-        coefficients = transform(maps_of(x, layout, part), layout, change)
+    sample = x[:: max(1, layout.blocks // _SAMPLE_BLOCKS)]
+    for part in regions(layout._replace(shape=(sample.shape[0], *layout.shape[1:])), workspace):
+        coefficients = transform(maps_of(sample, layout, part), layout, change)
         squares += coefficients.square_().sum(-1).view_as(squares)
     sampled = squares.sum(1, keepdim=True)
     flat = torch.full_like(squares, 1 / frequencies)
@@ -327,17 +331,17 @@ def _water_level(logs: Tensor, bits: int) -> Tensor:
     Bit ``b`` of a row is paid where its log2 variance is above the level by the edge of that bit: the level is the
     first that is not paid.
     """
-    first = [CLASS_EDGES[CLASS_WIDTHS.index(width) - 1] for width in range(1, MAX_WIDTH + 1)]
-    levels = (logs[:, None] - torch.tensor(first, device=logs.device)).flatten()
-    floor = logs.amax() - _HEADROOM if logs.numel() else logs.new_zeros(())
+    first = tuple(CLASS_EDGES[CLASS_WIDTHS.index(width) - 1] for width in range(1, MAX_WIDTH + 1))
+    levels = (logs[:, None] - _table(first, logs.device)).flatten()
+    floor = logs.amax() - _HEADROOM
     if bits < levels.numel():
-        floor = torch.maximum(floor, torch.kthvalue(levels, levels.numel() - bits).values)
+        floor = torch.maximum(floor, levels.sort(descending=True).values[bits])
     return floor.clamp_min(_NOTHING / 2)
 
 
 def _classes(logs: Tensor, level: Tensor) -> Tensor:
     """The class of each row, uint8."""
-    return torch.bucketize(logs - level, torch.tensor(CLASS_EDGES, device=logs.device)).to(torch.uint8)
+    return torch.bucketize(logs - level, _table(CLASS_EDGES, logs.device)).to(torch.uint8)
 
 
 def _fitting(classes: Tensor, layout: BlockLayout) -> Tensor:
@@ -346,15 +350,32 @@ def _fitting(classes: Tensor, layout: BlockLayout) -> Tensor:
     return torch.where(width.cumsum(0) <= 8 * layout.record, classes, 0)
 
 
+@lru_cache(maxsize=64)
+def _table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
+    """Constants on a device; sending them each time would make the host wait."""
+    return torch.tensor(values, device=device)
+
+
 def _lookup(table: tuple[int, ...] | tuple[float, ...], index: Tensor) -> Tensor:
-    return torch.tensor(table, device=index.device)[index.long()]
+    return _table(table, index.device)[index.long()]
 
 
-def make_plan(stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout) -> Plan:
-    """The :class:`Plan` from the scales, basis and spectrum that are stored."""
-    scales, basis, spectrum = stored
-    channels, frequencies = layout.shape[1], layout.frequencies
-    mean, scale, level = scales[:channels], scales[channels : 2 * channels], scales[2 * channels]
+def stored_transform(stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout) -> Transform:
+    """The transform to all components, from the scales and the basis that are stored."""
+    scales, basis, _ = stored
+    mean, scale = scales[: layout.shape[1]], scales[layout.shape[1] : 2 * layout.shape[1]]
+    columns = _orthonormal(basis) if basis.numel() else None
+    return Transform(mean, _inverse(scale), scale, columns, dct_matrix(layout.edges, scales.device))
+
+
+def make_plan(stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, compact: bool) -> Plan:
+    """The :class:`Plan` from the scales, basis and spectrum that are stored.
+
+    ``compact`` leaves out the rows that have no bits, and the last components where they have none: less to compute,
+    but the host has to know how many.
+    """
+    scales, _, spectrum = stored
+    level = scales[-1]
     if layout.separable:
         classes = _fitting(_classes(_separable_logs(spectrum, layout).flatten(), level), layout)
     else:
@@ -362,19 +383,18 @@ def make_plan(stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout) -> Pla
     width = _lookup(CLASS_WIDTHS, classes)
     start = width.cumsum(0) - width
     deviation = torch.exp2((_lookup(CLASS_VARIANCE, classes) + level) / 2)
-    columns = _orthonormal(basis) if basis.numel() else None
     rows = torch.arange(layout.rows, device=scales.device)
-    if scales.device.type == "cpu":
-        # Elsewhere their number would have to be waited for.
-        rows = torch.nonzero(width).flatten() if width.any() else rows[:1]
-        width, start, deviation = width[rows], start[rows], deviation[rows]
-        if columns is not None and rows.numel():
-            component, frequency = rows // frequencies, rows % frequencies
-            group, place = component // layout.mix, component % layout.mix
-            kept = int(place.max()) + 1
-            columns = columns[:, :, :kept].contiguous()
-            rows = (group * kept + place) * frequencies + frequency
-    change = Transform(mean, _inverse(scale), scale, columns, dct_matrix(layout.edges, scales.device))
+    change = stored_transform(stored, layout)
+    if not compact:
+        return Plan(change, rows, width, start, deviation)
+    rows = torch.nonzero(width).flatten() if width.any() else rows[:1]
+    width, start, deviation = width[rows], start[rows], deviation[rows]
+    if change.basis is not None:
+        component, frequency = rows // layout.frequencies, rows % layout.frequencies
+        group, place = component // layout.mix, component % layout.mix
+        kept = int(place.max()) + 1
+        change = change._replace(basis=change.basis[:, :, :kept].contiguous())
+        rows = (group * kept + place) * layout.frequencies + frequency
     return Plan(change, rows, width, start, deviation)
 
 

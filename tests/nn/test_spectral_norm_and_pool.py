@@ -155,3 +155,36 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(other[2].running_var, model[2].running_var)
     assert other[2].num_batches_tracked == 1
+
+
+def test_blocks_with_norm_keep_one_packed_copy_each():
+    """What the convolution gave, and of the norm and the activation behind it a few numbers a channel."""
+    torch.manual_seed(0)
+    packed = snn.ToSpectral(threshold=0.5)(torch.randn(16, 8, 16, 16))
+    blocks = [snn.SpecBlock(8, 8, 3, threshold=0.5, norm=True, activation_scale=3.0) for _ in range(3)]
+    saved: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        made = [packed]
+        for block in blocks:
+            made.append(block(made[-1]))
+    parameters = {p.data_ptr() for block in blocks for p in block.parameters()}
+    total = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in parameters)
+    numbers = len(blocks) * 2 * 8 * 4  # mean and variance
+    assert total <= sum(p.nbytes for p in made) + numbers
+    assert not {p.values.data_ptr() for p in made[1:]} & set(saved)  # beside it lies what these are made from
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (20, 17), (1, 3)])
+def test_global_maximum(size: tuple[int, int]):
+    """Of one packed spectrum and of several side by side; gradients too."""
+    parts = [ops.to_spectral(torch.randn(2, c, *size, dtype=DOUBLE), threshold=0.5).requires_grad_() for c in (3, 2)]
+    pool = snn.GlobalMaxPool()
+    got, expected = pool(parts), torch.cat([ops.to_spatial(part).amax((2, 3)) for part in parts], 1)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    edges = [part.edge for part in parts]
+    for a, b in zip(torch.autograd.grad(got, edges, grad), torch.autograd.grad(expected, edges, grad), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(pool(parts[0]), got[:, :3])
