@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr-halve-every", type=int, default=50, help="epochs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--seeds", default="0,1,2")
@@ -242,7 +243,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     limits = {"train_limit": options.train_limit, "test_limit": options.test_limit}
     data = load(options.data, data_dir=options.data_dir, image_size=options.image_size, **limits)
-    recipe = TrainConfig(epochs=options.epochs, batch_size=options.batch_size, lr=options.lr, device=options.device)
+    recipe = TrainConfig(
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        lr_halve_every=options.lr_halve_every,
+        device=options.device,
+    )
     network = {"name": options.model, "width": options.width}
     config = {**network, "data": options.data, **limits, **dataclasses.asdict(recipe), "image_size": data.image_size}
     del config["seed"], config["amp"]
