@@ -113,6 +113,10 @@ class Codec:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return Encoded(self, self._encode(x.detach(), seed), x.shape, x.dtype, channels_last)
 
+    def for_small_maps(self) -> Codec:
+        """What takes the place of this codec for maps with too few values for it; itself where none are too few."""
+        return self
+
     def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
@@ -252,6 +256,9 @@ class SpectrumCodec(Codec):
         check_choice("SpectrumCodec", "rounding", self.rounding, reference.ROUNDINGS)
         check_workspace("SpectrumCodec", self.workspace)
 
+    def for_small_maps(self) -> Codec:
+        return QuantiseCodec(8, rounding=self.rounding, workspace=self.workspace)
+
     def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
         packed = to_spectral(
             x,
@@ -305,6 +312,9 @@ class BlockCodec(Codec):
             fail("BlockCodec", "mix", self.mix, "a positive number of channels", "pass 64, or 1 to leave them alone")
         check_choice("BlockCodec", "rounding", self.rounding, reference.ROUNDINGS)
         check_workspace("BlockCodec", self.workspace)
+
+    def for_small_maps(self) -> Codec:
+        return QuantiseCodec(8, rounding=self.rounding, workspace=self.workspace)
 
     def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
         if x.numel() == 0:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectriton.nn.compressed import _functions as functions
-from spectriton.nn.compressed._recipes import SMALLEST_MAP, Derived, Recipe, known_recipe, leave_note, recipe_of
+from spectriton.nn.compressed._recipes import SMALLEST_MAP, Derived, known_recipe, leave_note, recipe_of
 
 if TYPE_CHECKING:
     from spectriton.codec import Codec
@@ -110,13 +110,10 @@ class _Rectifier(nn.Module):
         rectifier = self._rectifier()
         with torch.no_grad():
             outside = rectifier.outside(input)
-        recipe: Recipe | None = None
-        if input.shape[-2] * input.shape[-1] >= SMALLEST_MAP:
-            recipe = recipe_of(input, self.codec, overwritten=self.inplace)
+        recipe = recipe_of(input, self.codec, overwritten=self.inplace)
         step = partial(rectifier.rebuild, channels_last=functions.is_channels_last(input))
         y: Tensor = functions.Rectify.apply(input, outside, rectifier, self.inplace)
-        if recipe is not None:
-            leave_note(y, Derived(recipe, step, [outside]))
+        leave_note(y, Derived(recipe, step, [outside]))
         return y
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Derived", "Exact", "Recipe", "Stored", "keep", "kept", "known_recipe", "leave_note", "recipe_of"]
 
-#: Maps with fewer values than this are kept as they are: a spectrum of 3x3 frequencies has nothing to leave out.
+#: Maps with fewer values than this take :meth:`Codec.for_small_maps`: of 3x3 frequencies there is nothing to leave out.
 SMALLEST_MAP = 16
 
 _NOTE = "_spectriton_note"
@@ -172,8 +172,10 @@ def recipe_of(x: Tensor, codec: Codec, *, overwritten: bool = False) -> Recipe:
     if note is not None and note.recipe is not None:
         return note.recipe
     is_input = x.is_leaf and note is None
-    if is_input or x.shape[-2] * x.shape[-1] < SMALLEST_MAP or not x.numel():
+    if is_input or not x.numel():
         return Exact(x.detach().clone() if overwritten else x if x.is_leaf else x.detach())
+    if x.shape[-2] * x.shape[-1] < SMALLEST_MAP:
+        codec = codec.for_small_maps()
     with torch.no_grad(), without_autocast(x.device):
         recipe = Stored(codec.encode(x.detach()))
     leave_note(x, recipe)
