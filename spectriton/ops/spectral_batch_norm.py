@@ -269,9 +269,10 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 12
     need_input = ctx.needs_input_grad[0]
-    weight = ctx.saved_tensors[4]
+    saved = ctx.saved_tensors  # once: checkpointing hands them out a single time
+    weight = saved[4]
     grad_input, grad_weight, grad_bias = _spectral_batch_norm_backward(
-        grad, *ctx.saved_tensors, ctx.shape, ctx.batch_statistics, ctx.eps, ctx.workspace, need_input
+        grad, *saved, ctx.shape, ctx.batch_statistics, ctx.eps, ctx.workspace, need_input
     )
     return (
         grad_input if need_input else None,
