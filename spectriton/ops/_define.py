@@ -33,7 +33,7 @@ def define_op(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
-    """The body on the tensors as they are: it picks its precisions itself, and autocast refuses float16 beside bfloat16."""
+    """The body on tensors as they are: it picks its precisions itself, and autocast to bfloat16 refuses float16."""
 
     @functools.wraps(body)
     def run(*args: Any, **kwargs: Any) -> Any:
