@@ -8,10 +8,11 @@ process, by its *rank*, takes its share of every global batch, and gradients are
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -120,15 +121,18 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
 def parallel(model: nn.Module) -> nn.Module:
     """The model as it is called in a training step: gradients are then averaged over the processes.
 
-    Parameters become those of rank 0 in every process. Buffers are left alone, see :func:`average_buffers`.
+    Parameters become those of rank 0 in every process. Buffers are left to :func:`average_buffers`.
 
     Args:
         model: on the device it is trained on; it stays the one to save and to evaluate.
     """
     if world_size() == 1:
         return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.12
     # Gradients as views of what is exchanged: else there would be two copies of them.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
+    return DistributedDataParallel(model, **options)
 
 
 def average_buffers(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from spectriton import train as st
 from spectriton.compare import CompareConfig, compare
 from spectriton.images import Augmentation, ImageData
 from spectriton.sweep import sweep
-from spectriton.train import TrainConfig, train
+from spectriton.train import Checkpoint, TrainConfig, train
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
@@ -118,6 +119,22 @@ def everything(out: Path) -> None:
             "different files": said(lambda: different_files(out)),
         }
         torch.save(found, out / f"rank-{rank}.pt")
+
+
+class Tell(st.Silent):
+    def step(self, epoch: int, batch: int) -> None:
+        print(epoch, batch, flush=True)
+
+
+def go_on(out: Path) -> None:
+    """The run of :func:`cut_short`, from wherever it is."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with distributed.joined():
+        model, checkpoint = tiny_network(threshold=0.3), Checkpoint(out / "killed.pt", every_seconds=0)
+        history = train(model, images(), CONFIG, checkpoint=checkpoint, progress=Tell()).history
+        if distributed.is_main():
+            torch.save((history, model.state_dict()), out / "finished.pt")
 
 
 def start(function: str, out: Path) -> list[subprocess.Popen[str]]:
@@ -223,6 +240,26 @@ def test_no_process_is_left_waiting_for_one_that_failed(ranks: Any) -> None:
         assert found["diverged"][0] == "Diverged"
         assert found["too small"][0] == "ValueError" and "one for each process" in found["too small"][1]
         assert found["different files"][0] == "ValueError" and "all machines share" in found["different files"][1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_to_the_same_bytes(ranks: Any, tmp_path: Path) -> None:
+    first, second = start("go_on", tmp_path)
+    assert first.stdout is not None
+    with first, second:
+        for printed in first.stdout:
+            if printed.strip() == "1 1":
+                second.send_signal(signal.SIGKILL)
+                break
+        assert first.wait(timeout=60) not in (0, None) and not (tmp_path / "finished.pt").exists()
+    for process in start("go_on", tmp_path):
+        printed = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, printed
+        assert "0 3" not in printed
+    history, state = torch.load(tmp_path / "finished.pt", weights_only=True)
+    expected = ranks[0][0]["cut"]["whole"]
+    assert timeless(history) == timeless(expected[0])
+    assert all(torch.equal(state[name], expected[1][name]) for name in expected[1])
 
 
 def test_one_process_is_a_world_of_one() -> None:
