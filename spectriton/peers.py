@@ -12,8 +12,10 @@ Each is applied to a network and to its spectral twin alike, and measured as bot
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -27,7 +29,6 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from spectriton import _check
-from spectriton.environment import require
 from spectriton.images import Images
 from spectriton.measure import gradient, measure_step, relative_difference, release_memory
 from spectriton.models._describe import DenseMaps, DensePacked, NormConv2d
@@ -105,39 +106,44 @@ def measure_peers(
     return rows
 
 
-def _recomputed(network: nn.Module) -> nn.Module:
-    """The network in about ``sqrt(n)`` segments of its ``n`` layers (Chen et al. 2016, arXiv 1604.06174).
+def recomputed(network: nn.Module) -> nn.Sequential:
+    """A network of :mod:`spectriton.models` in about ``sqrt(n)`` segments of its ``n`` layers (arXiv 1604.06174).
 
     Each but the last is computed again in backward; the last would be at once. Layers of dense connections, which are
-    networks themselves, are segments of their own, one for each branch.
+    networks themselves, have a segment for each of their branches.
     """
     layers = list(network.children())
     length = math.ceil(math.sqrt(len(layers)))
-    segments: list[list[nn.Module]] = [[]]
+    segments: list[nn.Module] = []
+    segment: list[nn.Module] = []
+
+    def close() -> None:
+        if segment:
+            segments.append(Recomputed(nn.Sequential(*segment)))
+            segment.clear()
+
     for layer in layers:
-        dense = isinstance(layer, (DenseMaps, DensePacked))
+        if isinstance(layer, (DenseMaps, DensePacked)):
+            close()
+            segments.append(_RecomputedMaps(layer) if isinstance(layer, DenseMaps) else _recomputed_branches(layer))
+            continue
         # What an in-place layer would overwrite must not be what is kept.
-        full = len(segments[-1]) >= length and not getattr(layer, "inplace", False)
-        if segments[-1] and (dense or full or isinstance(segments[-1][0], (_RecomputedMaps, DensePacked))):
-            segments.append([])
-        if isinstance(layer, DenseMaps):
-            layer = _RecomputedMaps(layer)
-        elif isinstance(layer, DensePacked):
-            for name, branch in layer.named_children():
-                setattr(layer, name, _Recomputed(branch))
-        segments[-1].append(layer)
-    *first, last = segments
-    wrapped = [
-        part[0] if isinstance(part[0], (_RecomputedMaps, DensePacked)) else _Recomputed(nn.Sequential(*part))
-        for part in first
-    ]
-    return nn.Sequential(*wrapped, *last)
+        if len(segment) >= length and not getattr(layer, "inplace", False):
+            close()
+        segment.append(layer)
+    return nn.Sequential(*segments, *segment)
 
 
-class _Recomputed(nn.Module):
+def _recomputed_branches(dense: DensePacked) -> DensePacked:
+    """Dense connections of packed spectra, each branch computed again in backward."""
+    return DensePacked(OrderedDict((name, Recomputed(branch)) for name, branch in dense.named_children()))
+
+
+class Recomputed(nn.Module):
     """A module whose feature maps are computed again in backward; only its input is kept.
 
-    The input is a tensor, a packed spectrum or a list of these.
+    The input is a tensor, a packed spectrum or a list of these. Buffers (running statistics) are then what they were in
+    forward, so that they count each batch once and thresholds that follow from them are the same again.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -145,7 +151,8 @@ class _Recomputed(nn.Module):
         self.inner = inner
 
     def forward(self, x: Any) -> Any:
-        parts = x if isinstance(x, list) else [x]
+        many = isinstance(x, list)
+        parts = x if many else [x]
         # Tensors by themselves: only those go through saved-tensor hooks, to be counted and offloaded.
         kinds = [(tuple(part.shape), part.value_dtype) if isinstance(part, PackedSpectrum) else None for part in parts]
         tensors = [
@@ -157,7 +164,6 @@ class _Recomputed(nn.Module):
                 else (part,)
             )
         ]
-        several = isinstance(x, list)
 
         def run(*given: Tensor) -> Any:
             left = iter(given)
@@ -165,9 +171,8 @@ class _Recomputed(nn.Module):
                 next(left) if kind is None else PackedSpectrum.of([next(left) for _ in range(5)], *kind)
                 for kind in kinds
             ]
-            return self.inner(inputs if several else inputs[0])
+            return self.inner(inputs if many else inputs[0])
 
-        # Running statistics must not count a batch twice, and thresholds that follow from them must be the same again.
         before = {
             module: {name: None if b is None else b.clone() for name, b in module._buffers.items()}
             for module in self.inner.modules()
@@ -180,7 +185,7 @@ class _RecomputedMaps(nn.Module):
 
     def __init__(self, dense: DenseMaps) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(_Recomputed(nn.Sequential(_Concatenation(), branch)) for branch in dense)
+        self.branches = nn.ModuleList(Recomputed(nn.Sequential(_Concatenation(), branch)) for branch in dense)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = [x]
@@ -209,7 +214,7 @@ def _with_buffers(values: Mapping[nn.Module, dict[str, Tensor | None]]) -> Itera
 
 def _in_place(network: nn.Module) -> nn.Module:
     """Batch norms behind convolutions, each with the ReLU that follows, as in-place activated ones."""
-    kind = require("inplace_abn").InPlaceABN
+    kind = importlib.import_module("inplace_abn").InPlaceABN
     for container in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
         layers = list(container.named_children())
         for (_, conv), (name, activation) in pairwise(layers):
@@ -245,7 +250,7 @@ def _in_place_obstacle(model: nn.Module, config: TrainConfig) -> str | None:
 
 #: Peers by name.
 PEERS: dict[str, Peer] = {
-    "checkpoint": Peer(prepare=_recomputed),
+    "checkpoint": Peer(prepare=recomputed),
     "offload": Peer(
         around=lambda device: save_on_cpu(pin_memory=device.type == "cuda"),
         obstacle=_offload_obstacle,

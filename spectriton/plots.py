@@ -30,9 +30,9 @@ _NETWORKS = (
 _GREY = "#555555"
 _MIB = float(1 << 20)
 _PEER_PANELS = (
-    ("saved", "saved_bytes"),
-    ("average", "average_beyond_state_bytes"),
-    ("peak", "peak_beyond_state_bytes"),
+    ("saved, % of spatial alone", "saved_bytes"),
+    ("average beyond state, %", "average_beyond_state_bytes"),
+    ("peak beyond state, %", "peak_beyond_state_bytes"),
 )
 _KINDS = (("average", "-"), ("peak", "--"))
 
@@ -201,7 +201,7 @@ def _draw_peers(rows: Sequence[Mapping[str, Any]], figure: Any) -> None:
             )
             axes.bar_label(drawn, fmt="%.0f", padding=2, fontsize=7)
         axes.set_yticks(range(len(peers)), ["alone" if peer == "none" else f"+ {peer}" for peer in peers], fontsize=8)
-        axes.set_title(f"{title} (% of spatial alone)", loc="left", fontsize=9)
+        axes.set_title(title, loc="left", fontsize=9)
         axes.margins(x=0.12)
         _tidy(axes, "x")
     panels[0].invert_yaxis()
