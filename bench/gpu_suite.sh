@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go: tests with the Triton kernels on the device, kernels built ahead of time,
-# compute-sanitizer, benchmarks, memory of the LeNet twins. On a machine without a GPU it runs, too: the reference,
-# and a few kernels in the interpreter.
+# compute-sanitizer, benchmarks, memory of training steps, tuned configurations of the kernels. On a machine without a
+# GPU it runs, too: the reference, and a few kernels in the interpreter.
 #
 #   bench/gpu_suite.sh [--quick] [FOLDER]
 #
@@ -9,7 +9,8 @@
 #
 #   summary.txt   what ran, exit codes, seconds       log.txt       all that the steps print
 #   build.json    registers, spills, load widths      bench.json    pytest-benchmark
-#   bench.md/png  table and plot of it                memory.json   a training step of the LeNet twins
+#   bench.md/png  table and plot of it                memory*.json  a training step of networks and twins
+#   <gpu>-triton-<version>.json   tuned configurations; what runs here does not use them
 #
 # A step that fails or runs out of time does not stop those after it; the exit status is 1 then. The whole ends within
 # 9 minutes, with --quick within 2. Works from a bare checkout: needs torch, triton, pytest and pytest-benchmark.
@@ -49,6 +50,7 @@ esac
 cd "$root" || exit 1
 export PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export SPECTRITON_TUNING=0 # what is measured must not depend on what was tuned here earlier
 unset TRITON_INTERPRET # the build compiles; tests set it where there is no GPU
 
 BENCH_COMMIT=${BENCH_COMMIT:-$(git describe --always --dirty --abbrev=9 --exclude='*' 2>/dev/null || echo unknown)}
@@ -133,6 +135,12 @@ if [ -n "$gpu" ]; then
   workers=()
   if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
   tests=(tests)
+  # Applications need more packages; their tests would fail, and end the others.
+  if ! "$python" -c 'import matplotlib, rich, sklearn, typer' 2>/dev/null; then
+    for file in tests/apps/test_*.py; do
+      if [ "$file" != tests/apps/test_tuner.py ]; then tests+=(--ignore="$file"); fi
+    done
+  fi
   if [ "$quick" = 1 ]; then tests=(tests/kernels/test_{,un}pack.py tests/ops/test_spec_block.py); fi
   SPECTRITON_BACKEND=triton step tests $((quick ? 40 : 210)) "${pytest[@]}" "${workers[@]}" -m "not slow" --maxfail=30 "${tests[@]}"
   if sanitizer=$(command -v compute-sanitizer); then
@@ -169,8 +177,19 @@ note build $code $((SECONDS - build_start)) "$(grep -c '"example"' "$out/build.j
 } >>"$log"
 rm -f "$out/build.err"
 
+if [ -n "$gpu" ] && [ "$quick" = 0 ]; then
+  step tune 60 "$python" -m bench.tune --seconds 35 "$out" # by itself, with more seconds, it finds more
+else
+  note tune skipped 0 "no GPU, or quick"
+fi
+
 # The LeNet table first: it is short. Benchmarks stop by themselves in time for the report.
-step memory $((quick ? 20 : 40)) "$python" -m bench.lenet_memory --json "$out/memory.json"
+step memory $((quick ? 20 : 40)) "$python" -m bench.step_memory --json "$out/memory.json"
+if [ -n "$gpu" ] && [ "$quick" = 0 ]; then
+  step memory-vgg16 60 "$python" -m bench.step_memory --model vgg16_bn --image-size 224 --channels 3 --classes 1000 \
+    --batch 64 --json "$out/memory-vgg16.json"
+  step memory-densenet 40 "$python" -m bench.step_memory --model densenet --image-size 32 --json "$out/memory-densenet.json"
+fi
 room=$(($(left) - (quick ? 15 : 40)))
 if ((room < 10)); then room=10; fi
 export BENCH_SECONDS=${BENCH_SECONDS:-$room}

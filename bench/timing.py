@@ -1,8 +1,6 @@
 """How a contender is timed, and what is reported beside its time.
 
-Time. A round is one call. On the CPU it is read from the host's clock. On a GPU it lies between two CUDA events on the
-stream; a short idle kernel goes before the first event, so that the host is ahead of the device when the round begins:
-what is measured is the work, and the launching only as far as it takes longer than that or the call itself waits for
+Time. A round is one call, measured as ``spectriton/timing.py`` says: on a GPU between CUDA events, the host ahead of
 the device. Where a user would see all of the launching (a whole training step), the host's clock between two
 synchronisations is taken instead.
 Every round takes the next of several sets of inputs, which together are larger than the last-level cache of a GPU,
@@ -40,6 +38,7 @@ from torch import Tensor, nn
 
 from spectriton import PackedSpectrum, memory
 from spectriton._backend import backend_name
+from spectriton.timing import MOST_SETS, Stopwatch, copy_seconds, evict, input_sets
 
 T = TypeVar("T")
 Arguments = tuple[Any, ...]
@@ -56,8 +55,6 @@ if threads := os.environ.get("BENCH_THREADS", "1" if QUICK else ""):
 # Past this many seconds since the start, what is left is skipped.
 LIMIT = float(os.environ.get("BENCH_SECONDS") or math.inf)
 
-_MOST_SETS = 16
-_AHEAD_CYCLES = 400_000  # a fifth of a millisecond or more
 _BEGIN = time.monotonic()
 
 
@@ -124,89 +121,12 @@ def error(got: Tensor, wanted: Tensor) -> float:
 # -- the clock -------------------------------------------------------------------------------------------------------
 
 
-class Stopwatch:
-    """Adds up the measured time; pytest-benchmark reads it before and after a round."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def read(self) -> float:
-        """Seconds measured so far."""
-        return self.seconds
-
-    def lap(self, call: Callable[..., Any], arguments: Arguments, events: bool = True) -> float:
-        """Measures one call and returns its seconds; what it returns is let go outside of them.
-
-        ``events``: on a GPU, between CUDA events; otherwise by the host's clock between synchronisations.
-        """
-        if CUDA and events:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            torch.cuda._sleep(_AHEAD_CYCLES)
-            start.record()
-            result = call(*arguments)
-            end.record()
-            end.synchronize()
-            seconds = start.elapsed_time(end) / 1e3
-        else:
-            synchronize()
-            begin = time.perf_counter()
-            result = call(*arguments)
-            synchronize()
-            seconds = time.perf_counter() - begin
-        del result
-        self.seconds += seconds
-        return seconds
-
-
-STOPWATCH = Stopwatch()
+STOPWATCH = Stopwatch(DEVICE)
 
 
 def stopwatch() -> float:
     """The timer that pytest-benchmark is given: seconds of measured work so far."""
     return STOPWATCH.read()
-
-
-def synchronize() -> None:
-    """Waits for the device."""
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-@lru_cache(maxsize=1)
-def _last_level_cache() -> int:
-    return torch.cuda.get_device_properties(DEVICE).L2_cache_size if CUDA else 0
-
-
-def _sets(nbytes: int) -> int:
-    """How many sets of inputs, each with ``nbytes`` of traffic, go beyond the last-level cache twice."""
-    if not CUDA:
-        return 1
-    return min(_MOST_SETS, 1 + math.ceil(2 * _last_level_cache() / max(1, nbytes)))
-
-
-@lru_cache(maxsize=1)
-def _eviction_buffer() -> Tensor:
-    return torch.zeros(max(1, 2 * _last_level_cache() // 4), device=DEVICE)
-
-
-def evict() -> None:
-    """Reads twice the last-level cache (writing would leave it full of lines still to be written back)."""
-    if CUDA:
-        _eviction_buffer().sum()
-
-
-@lru_cache(maxsize=256)
-def memcpy_seconds(nbytes: int) -> float:
-    """Median seconds of ``clone`` where ``nbytes`` are moved: one half read, the other written."""
-    size = max(1, nbytes // 2)
-    sources = [torch.ones(size, dtype=torch.uint8, device=DEVICE) for _ in range(_sets(nbytes))]
-    clock = Stopwatch()
-    begin = time.perf_counter()
-    laps: list[float] = []
-    while len(laps) < FEWEST + 2 or (len(laps) < 30 and time.perf_counter() - begin < BUDGET / 2):
-        laps.append(clock.lap(torch.clone, (sources[len(laps) % len(sources)],)))
-    return statistics.median(laps[2:])
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -297,7 +217,7 @@ class Measure:
         """
         benchmark = self.benchmark
         benchmark.group = group
-        count = _sets(moved)
+        count = input_sets(moved, DEVICE)
         sets = [inputs(number) for number in range(count)]
         turn = 0
 
@@ -307,8 +227,8 @@ class Measure:
             chosen = sets[turn % count]
             if prepare is not None:
                 chosen = prepare(*chosen)
-            if prepare is not None or count == _MOST_SETS:
-                evict()
+            if prepare is not None or count == MOST_SETS:
+                evict(DEVICE)
             return chosen
 
         def once() -> None:
@@ -330,7 +250,7 @@ class Measure:
             warmup_rounds=0,
         )
         median = statistics.median(laps)
-        memcpy = memcpy_seconds(moved)
+        memcpy = copy_seconds(moved, DEVICE, FEWEST, BUDGET / 2)
         benchmark.extra_info |= {
             "contender": contender,
             "baseline": not contender.startswith("spectriton") if baseline is None else baseline,

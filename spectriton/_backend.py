@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from spectriton import reference
+from spectriton import reference, tuning
 from spectriton._mixing import EmbeddedMixing, Mixing
 from spectriton.frequencies import FrequencyGrid
 from spectriton.reference import RowPattern, TileIndex
@@ -166,6 +166,7 @@ class TritonBackend(Backend):
     def __init__(self) -> None:
         import spectriton_kernels as kernels
 
+        tuning.install()
         self._kernels = kernels
         self.complex_product = kernels.complex_product
         self.spectral_activation = kernels.spectral_activation

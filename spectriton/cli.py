@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TypeAlias
 
+import torch
+
 from spectriton import distributed, environment
 
 #: Set to anything, an error shows its traceback instead of a panel.
@@ -323,6 +325,57 @@ def build_app() -> Any:
                 report.print_report(result)
                 print(f"written to {out}: {variant}.pt, report.json, curves.png")
 
+    shapes_panel = "Shapes"
+
+    @app.command()
+    def tune(
+        *,
+        shapes: Annotated[
+            str | None,
+            typer.Option(
+                metavar="NETWORK",
+                help=f"Those of a training step of this network's spectral twin ({', '.join(models.NETWORKS)}); "
+                "default: a list of common ones.",
+                rich_help_panel=shapes_panel,
+            ),
+        ] = None,
+        batch_size: Annotated[
+            int, typer.Option(help="Images of a step of --shapes.", rich_help_panel=shapes_panel)
+        ] = 128,
+        image_size: Annotated[
+            int, typer.Option(help="Edge of the images of --shapes in pixels.", rich_help_panel=shapes_panel)
+        ] = 32,
+        in_channels: Annotated[
+            int, typer.Option(help="Channels of the images of --shapes.", rich_help_panel=shapes_panel)
+        ] = 3,
+        kernel: Annotated[
+            list[str] | None,
+            typer.Option(help="Only this kernel; may be repeated.", rich_help_panel=shapes_panel),
+        ] = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="List what would be tuned.", rich_help_panel=run_panel)
+        ] = False,
+        device: Device = "auto",
+    ) -> None:
+        """Find the fastest configuration of each Triton kernel on this GPU, and keep it for later runs."""
+        with _user_errors():
+            from spectriton import tuner
+            from spectriton.train import TrainConfig
+
+            where = TrainConfig(device=device).resolve_device()
+            if not dry_run:
+                tuner.check_device(where)
+            if shapes is None:
+                cases = tuner.default_cases()
+            else:
+                cases = tuner.model_cases(shapes, batch_size, image_size, in_channels, where)
+            cases = tuner.chosen_cases(cases, kernel or [])
+            if dry_run:
+                for case in cases:
+                    print(case)
+            elif path := tuner.run(cases, where, torch.cuda.get_device_name(where)):
+                print(f"written to {path}")
+
     @app.command()
     def sweep(
         *,
@@ -394,6 +447,15 @@ def build_app() -> Any:
             from rich.table import Table
 
             table = Table(show_header=False)
+            tuned = found.pop("tuning")
+            found |= {
+                "tuned_shapes": f"{tuned['entries']} for this GPU{'' if tuned['enabled'] else ', switched off'}",
+                "tuning_files": "\n".join(
+                    f"{file['name']} ({file['origin']}): " + (file["problem"] or f"{file['entries']} shapes")
+                    for file in tuned["files"]
+                )
+                or None,
+            }
             for name, value in found.items():
                 table.add_row(name.replace("_", " "), "none" if value is None else str(value))
             Console().print(table)

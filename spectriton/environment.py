@@ -6,12 +6,15 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from spectriton._backend import backend_name
+from spectriton import tuning
+from spectriton._backend import backend_name, workspace_bytes
 
 _PACKAGES = ("torch", "triton", "numpy", "spectriton")
 
@@ -43,6 +46,21 @@ def _version(package: str) -> str | None:
         return getattr(module, "__version__", None)
 
 
+def _driver() -> str | None:
+    """Version of the GPU's driver, as far as the system tells."""
+    for file, pattern in (
+        ("/proc/driver/nvidia/version", r"Kernel Module.*?\s(\d+(?:\.\d+)+)"),
+        ("/sys/module/amdgpu/version", r"(\S+)"),
+    ):
+        try:
+            found = re.search(pattern, Path(file).read_text())
+        except OSError:
+            continue
+        if found:
+            return found.group(1)
+    return None
+
+
 def collect(device: torch.device | None = None) -> dict[str, Any]:
     """Versions, device and settings, for reports and bug reports; holds no machine path and no host name.
 
@@ -51,27 +69,33 @@ def collect(device: torch.device | None = None) -> dict[str, Any]:
 
     Returns:
         A dictionary that JSON can hold: ``python``, ``torch``, ``triton``, ``numpy``, ``spectriton`` (versions,
-        ``None`` where absent), ``platform``, ``gpu`` (name or ``None``), ``gpu_memory_bytes``, ``cuda`` (version of
-        the torch build or ``None``), ``backend`` (what runs on the device), ``backend_setting`` and ``workspace_mib``
-        (of ``SPECTRITON_BACKEND`` and ``SPECTRITON_WORKSPACE_MIB``, ``None`` where unset), ``threads``.
+        ``None`` where absent), ``platform``, ``gpu`` (name or ``None``), ``gpu_memory_bytes``, ``driver`` (version of
+        the GPU's, where the system tells it), ``cuda`` (version of the torch build or ``None``), ``backend`` (what
+        runs on the device), ``backend_setting`` and ``workspace_mib`` (of ``SPECTRITON_BACKEND`` and
+        ``SPECTRITON_WORKSPACE_MIB``, ``None`` where unset), ``workspace_bytes`` (the bound on the device), ``threads``,
+        ``tuning`` (see :func:`spectriton.tuning.describe`).
 
     Raises:
-        ValueError: ``SPECTRITON_BACKEND`` is set to what is not a backend.
+        ValueError: ``SPECTRITON_BACKEND`` or ``SPECTRITON_WORKSPACE_MIB`` is set to what it cannot be.
     """
     versions = {package: _version(package) for package in _PACKAGES}
     has_gpu = torch.cuda.is_available()
     if device is None:
         device = torch.device("cuda" if has_gpu else "cpu")
     gpu = device if device.type == "cuda" else torch.device("cuda")
+    gpu_name = torch.cuda.get_device_name(gpu) if has_gpu else None
     return {
         "python": platform.python_version(),
         **versions,
         "platform": f"{platform.system()} {platform.machine()}",
-        "gpu": torch.cuda.get_device_name(gpu) if has_gpu else None,
+        "gpu": gpu_name,
         "gpu_memory_bytes": torch.cuda.get_device_properties(gpu).total_memory if has_gpu else None,
+        "driver": _driver(),
         "cuda": torch.version.cuda,
         "backend": backend_name(device),
         "backend_setting": os.environ.get("SPECTRITON_BACKEND"),
         "workspace_mib": os.environ.get("SPECTRITON_WORKSPACE_MIB"),
+        "workspace_bytes": workspace_bytes(None, device),
         "threads": torch.get_num_threads(),
+        "tuning": tuning.describe(gpu_name),
     }

@@ -57,6 +57,16 @@ class FrequencyGrid:
         """``(<= 4,)`` int64: rows of the frequencies that are their own conjugate, whose coefficients are real."""
         return torch.nonzero(self.weight == 1).flatten()
 
+    @cached_property
+    def source(self) -> Tensor:
+        """``(H * Wh,)`` int32: the row stored for each position of the half spectrum, or ``-1 - row`` where the
+        conjugate of that row stands."""
+        device = self.index.device
+        source = torch.empty(self.height * self.half_width, dtype=torch.int32, device=device)
+        source[self.index] = torch.arange(self.count, dtype=torch.int32, device=device)
+        source[self.mirror_index] = (-1 - self.mirror_row).to(torch.int32)
+        return source
+
 
 def _build(height: int, width: int) -> FrequencyGrid:
     half = width // 2 + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from spectriton import distributed, memory
 from spectriton.images import Images
+from spectriton.timing import Stopwatch
 from spectriton.train import TrainConfig, make_optimizer, seed_everything, training_batch, training_step
 
 
@@ -64,21 +64,9 @@ def measure_step(
         "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
     }
     if timed_steps:
-        found["seconds_per_step"] = median(_seconds(step, device) for _ in range(timed_steps))
+        watch = Stopwatch(device)
+        found["seconds_per_step"] = median(watch.lap(step, events=False) for _ in range(timed_steps))
     return distributed.gather(found)[0]
-
-
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    step()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def gradient(

@@ -78,6 +78,18 @@ def layout(shape: tuple[int, ...] | torch.Size | list[int]) -> Layout:
     return Layout(batch, channels, height, width, stored_frequencies(height, width), tile, -(-batch * channels // tile))
 
 
+class Origin(NamedTuple):
+    """What a packed spectrum is made from again: the batch norm (and activation) of another with the same pattern.
+
+    Attributes:
+        tensors: values and scales of the other; weight, bias, mean and variance of the norm; scale of the activation.
+        settings: kind of the activation, ``eps`` of the norm, workspace in bytes.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    settings: tuple[str, float, int]
+
+
 class PackedSpectrum:
     """Feature maps ``(B, C, H, W)`` held as the Fourier coefficients that passed a threshold.
 
@@ -96,10 +108,12 @@ class PackedSpectrum:
             precision even where the values are 8-bit integers.
     """
 
-    __slots__ = ("bitmap", "edge", "offsets", "scales", "shape", "value_dtype", "values")
+    __slots__ = ("bitmap", "edge", "offsets", "origin", "scales", "shape", "value_dtype", "values")
 
     shape: torch.Size
     value_dtype: str
+    #: From what the values can be made again, for ops that keep them for backward; None where nothing is gained.
+    origin: Origin | None
 
     def __init__(
         self,
@@ -118,6 +132,7 @@ class PackedSpectrum:
         self.offsets = offsets
         self.shape = torch.Size(shape)
         self.value_dtype = value_dtype
+        self.origin = None
 
     @classmethod
     def of(cls, fields: Sequence[Tensor], shape: Sequence[int], value_dtype: str) -> PackedSpectrum:
@@ -240,7 +255,7 @@ class PackedSpectrum:
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device)
 
     def _replace(self, **changes: Tensor) -> PackedSpectrum:
-        fields = {name: changes.get(name, getattr(self, name)) for name in self.__slots__}
+        fields = {name: changes.get(name, getattr(self, name)) for name in self.__slots__ if name != "origin"}
         return PackedSpectrum(**fields)
 
     # -- pickling: plain tensors and a tuple, so that torch.load(weights_only=True) can read it -------------------

@@ -21,6 +21,7 @@ LAYER_OF = {
     "packed": "base",
     "reference": "reference",
     "_backend": "backend",
+    "tuning": "backend",
     "_mixing": "backend",
     "ops": "ops",
     "nn": "nn",
@@ -206,7 +207,7 @@ def flags():
 before = flags()
 torch_modules = set(sys.modules)
 import spectriton
-from spectriton import PackedSpectrum, memory, models, nn, ops
+from spectriton import PackedSpectrum, memory, models, nn, ops, tuning
 new = {name.partition(".")[0] for name in set(sys.modules) - torch_modules}
 print(json.dumps({
     "before": before, "after": flags(), "new": sorted(new), "cuda": torch.cuda.is_initialized(),
@@ -225,3 +226,6 @@ def test_import_has_no_side_effects():
     assert seen["cuda"] is False
     assert seen["dispatch"] == 0
     assert not EXTRAS & set(seen["new"]), "importing spectriton imports what only its extras install"
+    assert "spectriton_kernels" not in seen["new"], (
+        "importing spectriton imports the kernels, and so fixes triton's mode"
+    )

@@ -28,6 +28,18 @@ def test_grid_holds_each_degree_of_freedom_once(height: int, width: int):
     assert stored[grid.self_conjugate].imag.abs().amax() < 1e-12
 
 
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_source_says_what_stands_at_each_position(height: int, width: int):
+    grid = frequency_grid(height, width)
+    half = torch.fft.rfft2(torch.randn(height, width, dtype=torch.float64)).flatten()
+    rows = half[grid.index]
+    assert grid.source.dtype == torch.int32 and grid.source.shape == half.shape
+    source = grid.source.long()
+    spread = torch.where(source < 0, rows[-1 - source.clamp(max=-1)].conj(), rows[source.clamp(min=0)])
+    torch.testing.assert_close(spread, half)
+    assert grid.source is grid.source
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 5), (6, 9), (1, 4)])
 def test_frequencies_run_from_low_to_high(height: int, width: int):
     grid = frequency_grid(height, width)

@@ -45,9 +45,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def builds(cache: Path) -> list[dict[str, Any]]:
-    """All examples for sm_90, the core ones for the other targets."""
-    others = [word for target in OTHER_TARGETS for word in ("--target", target)]
-    return report(cache, "--target", "sm_90") + report(cache, "--core", *others)
+    """All examples for sm_90, the core ones for the other targets, and these in the smallest and the largest blocks."""
+    return report(cache, "--gate")
 
 
 def test_every_kernel_is_built_for_every_target(builds):
@@ -57,15 +56,20 @@ def test_every_kernel_is_built_for_every_target(builds):
     assert len(kernels) >= 10
     for target in ("sm_90", *OTHER_TARGETS):
         assert {build["kernel"] for build in builds if build["target"] == target} == kernels
+    # and besides, in other blocks than those chosen
+    others = [build for build in builds if build["config"]]
+    assert {build["kernel"] for build in others} == kernels
+    assert {build["target"] for build in others} == {"sm_90", *OTHER_TARGETS}
 
 
 def test_names_of_examples_are_unique(builds):
-    keys = [(build["example"], build["target"]) for build in builds]
+    keys = [(build["example"], build["config"], build["target"]) for build in builds]
     assert len(keys) == len(set(keys))
 
 
 def test_nothing_spills(builds):
-    assert {build["example"]: build["target"] for build in builds if build["spills"] or build["stack"]} == {}
+    spilled = [build for build in builds if build["spills"] or build["stack"]]
+    assert [(build["example"], build["config"], build["target"]) for build in spilled] == []
 
 
 def test_registers_are_within_what_a_thread_has(builds):
@@ -111,7 +115,7 @@ def test_no_problem_is_reported(builds):
 
 CONTROLS = """
 import dataclasses, json, torch
-from spectriton_kernels.build import build
+from spectriton_kernels.build import Job, build_all
 from spectriton_kernels.complex_product import plan_complex_product
 from spectriton_kernels.registry import Example
 
@@ -122,13 +126,13 @@ def complex_product(numbers, **meta):
 
 aligned = torch.zeros(4097, dtype=torch.complex64)
 examples = {
-    "good": lambda: complex_product(aligned[:4096]),
-    "shifted": lambda: complex_product(aligned[1:]),
-    "odd": lambda: complex_product(aligned[:4095]),
-    "huge": lambda: complex_product(aligned[:4096], BLOCK=16384, num_warps=1),
+    "good": lambda config: complex_product(aligned[:4096]),
+    "shifted": lambda config: complex_product(aligned[1:]),
+    "odd": lambda config: complex_product(aligned[:4095]),
+    "huge": lambda config: complex_product(aligned[:4096], BLOCK=16384, num_warps=1),
 }
-made = {name: build(Example(name, plan, wide_loads=True, wide_stores=True), "sm_90") for name, plan in examples.items()}
-print(json.dumps({name: dataclasses.asdict(result) for name, result in made.items()}))
+jobs = [Job(Example(name, plan, wide_loads=True, wide_stores=True), "sm_90") for name, plan in examples.items()]
+print(json.dumps({built.example: dataclasses.asdict(built) for built in build_all(jobs + jobs[:1])}))
 """
 
 
@@ -155,7 +159,7 @@ for target in TARGETS.values():
     for example in examples():
         if not example.core:
             continue
-        launch = example.plan()
+        launch = example.plan(None)
         kernel = launch.kernel
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         names = [parameter.name for parameter in kernel.params]
@@ -190,9 +194,17 @@ def test_refuses_to_build_in_the_interpreter(cache):
 
 
 def test_prints_a_table(cache):
-    done = run(cache, "-m", "spectriton_kernels.build", "--target", "sm_90", "--only", "gather_rows fp32")
+    done = run(cache, "-m", "spectriton_kernels.build", "--target", "sm_90", "--only", "gather_rows fp16")
     assert done.returncode == 0, done.stderr
     head, line, total = done.stdout.strip().split("\n")
-    assert head.split() == ["example", "target", "regs", "stack", "spills", "shared", "ld.128", "st.128", "problems"]
-    assert line.split()[:3] == ["gather_rows", "fp32", "sm_90"]
+    columns = ["example", "config", "target", "regs", "stack", "spills", "shared", "ld.128", "st.128", "problems"]
+    assert head.split() == columns
+    assert line.split()[:4] == ["gather_rows", "fp16", "(chosen)", "sm_90"]
     assert total.startswith("1 builds")
+
+
+def test_builds_every_configuration(cache):
+    """Those that come to the same code are built once."""
+    built = report(cache, "--all", "--target", "sm_90", "--only", "unpack_rows fp32 to fp32 tile 32")
+    configs = [build["config"] for build in built]
+    assert configs == ["", "2048 64", "4096 128", "8192 64", "8192 128", "16384 128"]

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import ceil_div, row_block, stream_block, stream_warps
 from ._launch import Launch
+from .configs import COMPLEX_PRODUCT, COMPLEX_PRODUCT_BROADCAST, Stream, ceil_div
 
 ROW_DIMS = 4  # dimensions a row number is decomposed into, the column dimension comes on top
 
@@ -68,8 +68,8 @@ def row_offsets(i_row, size_1, size_2, size_3, stride_0, stride_1, stride_2, str
     i_2 = i_row % size_2
     i_row = i_row // size_2
     i_1 = i_row % size_1
-    i_0 = i_row // size_1
-    return i_0 * stride_0 + i_1 * stride_1 + i_2 * stride_2 + i_3 * stride_3
+    i_0 = (i_row // size_1).to(tl.int64)
+    return i_0 * stride_0 + i_1.to(tl.int64) * stride_1 + i_2.to(tl.int64) * stride_2 + i_3.to(tl.int64) * stride_3
 
 
 @triton.jit
@@ -118,6 +118,7 @@ def complex_product_broadcast_kernel(
     CONJ_W: tl.constexpr,
     X_MODE: tl.constexpr,
     W_MODE: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -131,6 +132,7 @@ def complex_product_broadcast_kernel(
         x_stride_0 .. x_stride_3, x_stride_c: strides of x along the row dimensions and the column; w likewise.
         CONJ_X, CONJ_W: conjugate the factor first.
         X_MODE, W_MODE: "broadcast", "contiguous" or "strided" columns.
+        NARROW: row numbers fit 32 bits, in which divisions are several times cheaper.
         BLOCK_R, BLOCK_C: rows and columns (complex) a program handles.
     """
     i_program = tl.program_id(0).to(tl.int64)
@@ -139,8 +141,9 @@ def complex_product_broadcast_kernel(
     i_row = i_program // n_column_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = i_row < rows
 
-    o_x = row_offsets(i_row, size_1, size_2, size_3, x_stride_0, x_stride_1, x_stride_2, x_stride_3)
-    o_w = row_offsets(i_row, size_1, size_2, size_3, w_stride_0, w_stride_1, w_stride_2, w_stride_3)
+    i_number = i_row.to(tl.int32) if NARROW else i_row
+    o_x = row_offsets(i_number, size_1, size_2, size_3, x_stride_0, x_stride_1, x_stride_2, x_stride_3)
+    o_w = row_offsets(i_number, size_1, size_2, size_3, w_stride_0, w_stride_1, w_stride_2, w_stride_3)
     x_re, x_im = load_pairs(x_ptr, o_x, m_row, i_block, columns, x_stride_c, BLOCK_R, BLOCK_C, X_MODE)
     w_re, w_im = load_pairs(w_ptr, o_w, m_row, i_block, columns, w_stride_c, BLOCK_R, BLOCK_C, W_MODE)
     re, im = multiply(x_re, x_im, w_re, w_im, CONJ_X, CONJ_W)
@@ -190,8 +193,10 @@ def _mode(stride: int) -> str:
     return {0: "broadcast", 1: "contiguous"}.get(stride, "strided")
 
 
-def plan_complex_product(x: torch.Tensor, w: torch.Tensor, conj_w: bool = False) -> tuple[Launch, torch.Tensor]:
-    """The launch behind `complex_product` and the tensor it fills."""
+def plan_complex_product(
+    x: torch.Tensor, w: torch.Tensor, conj_w: bool = False, config: Stream | None = None
+) -> tuple[Launch, torch.Tensor]:
+    """The launch behind `complex_product`, by default in the configuration chosen for it, and the tensor it fills."""
     assert x.is_complex() and x.dtype == w.dtype, "operands must be complex and of one dtype"
     x, conj_x = _physical(x)
     w, lazily_conj_w = _physical(w)
@@ -208,9 +213,11 @@ def plan_complex_product(x: torch.Tensor, w: torch.Tensor, conj_w: bool = False)
     x_real, w_real, out_real = torch.view_as_real(x), torch.view_as_real(w), torch.view_as_real(out)
 
     if not sizes or (len(sizes) == 1 and x_strides == w_strides == [1]):
-        block = stream_block(out_real.dtype)
-        meta = {**flags, "BLOCK": block, "num_warps": stream_warps(out_real.dtype)}
         length = out_real.numel()
+        if config is None:
+            config = COMPLEX_PRODUCT.choose(out.device, (out_real.dtype,), (length,))
+        block = config.block_bytes // out_real.element_size()
+        meta = {**flags, "BLOCK": block, "num_warps": config.num_warps}
         return Launch(complex_product_kernel, (ceil_div(length, block),), (x_real, w_real, out_real, length), meta), out
 
     padding = ROW_DIMS + 1 - len(sizes)
@@ -218,15 +225,19 @@ def plan_complex_product(x: torch.Tensor, w: torch.Tensor, conj_w: bool = False)
     x_strides, w_strides = [0] * padding + x_strides, [0] * padding + w_strides
     columns = sizes[-1]
     rows = out.numel() // max(columns, 1)
-    block_rows, block_reals = row_block(2 * columns, out_real.element_size())
+    if config is None:
+        steps = (min(x_strides[-1], 2), min(w_strides[-1], 2))
+        config = COMPLEX_PRODUCT_BROADCAST.choose(out.device, (out_real.dtype,), (rows, columns, *steps))
+    block_rows, block_reals = config.row_block(2 * columns, out_real.element_size())
     block_columns = block_reals // 2
     meta = {
         **flags,
         "X_MODE": _mode(x_strides[-1]),
         "W_MODE": _mode(w_strides[-1]),
+        "NARROW": rows < 2**30,
         "BLOCK_R": block_rows,
         "BLOCK_C": block_columns,
-        "num_warps": stream_warps(out_real.dtype),
+        "num_warps": config.num_warps,
     }
     grid = (ceil_div(rows, block_rows) * ceil_div(columns, block_columns),)
     args = (x_real, w_real, out_real, rows, columns, *sizes[1:-1], *x_strides, *w_strides)

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import SPECTRUM_WARPS, adjoint_block, adjoint_splits, ceil_div, spectrum_block
 from ._device import convert
 from ._launch import Launch
+from .configs import KERNEL_SPECTRUM, KERNEL_SPECTRUM_ADJOINT, Adjoint, Spectrum, adjoint_splits, ceil_div
 
 
 @triton.jit
@@ -166,21 +166,26 @@ def kernel_spectrum_adjoint_kernel(
     tl.store(p_out, convert(b_acc, out_ptr), mask=m_out)
 
 
-def plan_kernel_spectrum(weight: torch.Tensor, basis: torch.Tensor, groups: int, out: torch.Tensor) -> Launch:
-    """The launch behind `kernel_spectrum`."""
+def plan_kernel_spectrum(
+    weight: torch.Tensor, basis: torch.Tensor, groups: int, out: torch.Tensor, config: Spectrum | None = None
+) -> Launch:
+    """The launch behind `kernel_spectrum`, by default in the configuration chosen for it."""
     outputs, inputs, taps = weight.shape[0] // groups, weight.shape[1], weight.shape[2] * weight.shape[3]
     frequencies = basis.shape[0]
     assert basis.shape == (frequencies, taps, 2), "basis must have one pair for each frequency and tap"
     assert out.shape == (frequencies, groups, 2 * inputs, 2 * outputs) and out.is_contiguous()
     wide = torch.float64 in (weight.dtype, basis.dtype)
-    block_f, block_i, block_o = spectrum_block(frequencies, inputs, outputs, 8 if wide else 4)
+    if config is None:
+        sizes = (frequencies, groups, inputs, outputs, taps)
+        config = KERNEL_SPECTRUM.choose(out.device, (weight.dtype, out.dtype), sizes)
+    block_f, block_i, block_o = config.shape(frequencies, inputs, outputs, 8 if wide else 4)
     meta = {
         "TAPS": taps,
         "WIDE": wide,
         "BLOCK_F": block_f,
         "BLOCK_I": block_i,
         "BLOCK_O": block_o,
-        "num_warps": SPECTRUM_WARPS,
+        "num_warps": config.num_warps,
     }
     args = (weight.contiguous(), basis.contiguous(), out, frequencies, groups, inputs, outputs)
     programs = ceil_div(frequencies, block_f) * groups * ceil_div(inputs, block_i) * ceil_div(outputs, block_o)
@@ -205,16 +210,23 @@ def kernel_spectrum(weight: torch.Tensor, basis: torch.Tensor, groups: int, out:
 
 
 def plan_kernel_spectrum_adjoint(
-    grad: torch.Tensor, basis: torch.Tensor, groups: int, out: torch.Tensor
+    grad: torch.Tensor, basis: torch.Tensor, groups: int, out: torch.Tensor, config: Adjoint | None = None
 ) -> tuple[Launch, torch.Tensor | None]:
-    """The launch behind `kernel_spectrum_adjoint`, and the partial sums left to be added (None: added already)."""
+    """The launch behind `kernel_spectrum_adjoint`, by default in the configuration chosen for it.
+
+    Returns:
+        The launch, and the partial sums left to be added (None: added already).
+    """
     outputs, inputs, taps = out.shape[0] // groups, out.shape[1], out.shape[2] * out.shape[3]
     frequencies = basis.shape[0]
     assert basis.shape == (frequencies, taps, 2), "basis must have one pair for each frequency and tap"
     assert grad.shape == (frequencies, groups, 2 * inputs, 2 * outputs), "gradient must match basis and out"
     assert out.is_contiguous(), "out must be contiguous"
     wide = torch.float64 in (out.dtype, basis.dtype, grad.dtype)
-    block_k, block_i, block_o = adjoint_block(taps, inputs, outputs, 8 if wide else 4)
+    if config is None:
+        sizes = (frequencies, groups, inputs, outputs, taps)
+        config = KERNEL_SPECTRUM_ADJOINT.choose(out.device, (grad.dtype, out.dtype), sizes)
+    block_k, block_i, block_o = config.shape(taps, inputs, outputs, 8 if wide else 4)
     programs = ceil_div(taps, block_k) * groups * ceil_div(inputs, block_i) * ceil_div(outputs, block_o)
     # few channels make few programs: share the frequencies out, to partial sums that are added in a fixed order
     splits = adjoint_splits(programs, frequencies)
@@ -228,7 +240,7 @@ def plan_kernel_spectrum_adjoint(
         "BLOCK_K": block_k,
         "BLOCK_I": block_i,
         "BLOCK_O": block_o,
-        "num_warps": SPECTRUM_WARPS,
+        "num_warps": config.num_warps,
     }
     target = out if partial is None else partial
     args = (
@@ -246,7 +258,7 @@ def plan_kernel_spectrum_adjoint(
 
 
 def kernel_spectrum_adjoint(grad: torch.Tensor, basis: torch.Tensor, groups: int, out: torch.Tensor) -> torch.Tensor:
-    """Adds the gradient of the taps to `out`; the same bits from run to run.
+    """Adds the gradient of the taps to `out`; the same bits from run to run in one configuration.
 
     Args:
         grad: `(Fc, g, 2 I/g, 2 O/g)` gradient of the embedded kernel spectra, any float dtype.

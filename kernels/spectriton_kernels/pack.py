@@ -1,40 +1,42 @@
 """From dense chunks to the packed spectrum: `pack_rows` decides what is kept, `gather_rows` follows a pattern.
 
-The format is the one of docs/packed-format.md. One program handles one tile of one row, in one pass: it reads the tile
-once, finds the rank of each kept coefficient by a prefix sum, and (in `pack_rows`) reserves room with a single atomic
-add on the cursor. Tiles therefore stand in `values` in the order the programs happened to run; the contents of each
-tile do not depend on it.
+The format is the one of docs/packed-format.md. One program handles some tiles that follow one another in the chunk, in
+one pass: it reads them once, finds the rank of each kept coefficient by a prefix sum, and (in `pack_rows`) reserves
+room for all of them with a single atomic add on the cursor. Tiles therefore stand in `values` in the order the programs
+happened to run; the contents of each tile do not depend on it.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._config import tile_warps
-from ._device import convert, load_kept, store_kept
+from ._device import convert, divide, load_kept, store_kept
 from ._launch import Launch
+from .configs import GATHER_ROWS, PACK_ROWS, Tiles, ceil_div
 from .spectral_activation import KINDS, activate
 
 VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def load_tile(y_ptr, i_program, TILE: tl.constexpr):
-    """(re, im) of a dense tile, in float64 for float64 data and in float32 otherwise."""
-    # a chunk holds whole tiles, so nothing of this is out of bounds; flat offsets give 128-bit loads
-    o_real = i_program * (2 * TILE) + tl.arange(0, 2 * TILE)
-    b_y = tl.load(y_ptr + o_real)
+def load_tiles(y_ptr, i_first, tiles, TILES: tl.constexpr, TILE: tl.constexpr):
+    """(re, im) of dense tiles `i_first` .., (TILES, TILE) in float64 for float64 data and in float32 otherwise."""
+    # flat offsets give 128-bit loads
+    o_real = tl.arange(0, TILES * 2 * TILE)
+    m_real = o_real < tl.minimum(tiles - i_first, TILES) * (2 * TILE)
+    b_y = tl.load(y_ptr + i_first.to(tl.int64) * (2 * TILE) + o_real, mask=m_real, other=0.0)
     if b_y.dtype != tl.float64:
         b_y = b_y.to(tl.float32)
-    return tl.split(tl.reshape(b_y, [TILE, 2]))
+    return tl.split(tl.reshape(b_y, [TILES, TILE, 2]))
 
 
 @triton.jit
-def store_pairs(ptr, o_pair, m_pair, b_re, b_im):
-    """Scatters (re, im) pairs, converted to the dtype behind the pointer."""
+def store_pairs(ptr, start, b_rank, m_pair, b_re, b_im):
+    """Scatters (TILES, TILE) pairs (re, im), in the dtype behind the pointer, to `start` (TILES,) plus rank."""
+    o_part = tl.arange(0, 2)[None, None, :]
     b_pair = convert(tl.join(b_re, b_im), ptr)
-    p_pair = ptr + o_pair[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(p_pair, b_pair, mask=m_pair[:, None] & (tl.arange(0, 2)[None, :] < 2))
+    p_pair = ptr + (start * 2)[:, None, None] + (b_rank[:, :, None] * 2 + o_part)
+    tl.store(p_pair, b_pair, mask=m_pair[:, :, None] & (o_part < 2))
 
 
 @triton.jit
@@ -52,12 +54,14 @@ def pack_rows_kernel(
     first_tile,
     chunk_tiles,
     row_tiles,
+    tiles,
     capacity,
     channels,
     KIND: tl.constexpr,
     HAS_THRESHOLDS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Thresholds, activates and appends the kept coefficients of a chunk.
 
@@ -75,44 +79,55 @@ def pack_rows_kernel(
         first_tile: tile t0 of the row with which the chunk begins.
         chunk_tiles: tiles of a chunk row, Tc.
         row_tiles: tiles of a row, T.
+        tiles: tiles of the chunk, Fc * Tc.
         capacity: coefficients `values` has room for.
         channels: C.
         KIND: name of the activation.
         HAS_THRESHOLDS, HAS_SCALE: whether the tensors are there.
         TILE: coefficients of a tile.
+        TILES: tiles a program handles.
     """
-    i_program = tl.program_id(0).to(tl.int64)
-    i_tile = first_tile + i_program % chunk_tiles
-    row = tl.load(rows_ptr + i_program // chunk_tiles)
+    i_first = tl.program_id(0) * TILES
+    i_dense = i_first + tl.arange(0, TILES)
+    m_tile = i_dense < tiles
+    row = tl.load(rows_ptr + i_dense // chunk_tiles, mask=m_tile, other=0)
+    i_row_tile = first_tile + i_dense % chunk_tiles
+    i_tile = row * row_tiles + i_row_tile
 
-    o_coefficient = i_tile * TILE + tl.arange(0, TILE)
-    m_coefficient = o_coefficient < length
-    i_channel = o_coefficient % channels
-    b_re, b_im = load_tile(y_ptr, i_program, TILE)
+    # what is left of the row, and the channel, in 32 bits: there are many coefficients to a tile
+    n_left = tl.where(m_tile, tl.minimum(length - i_row_tile.to(tl.int64) * TILE, TILE), 0).to(tl.int32)
+    o_coefficient = tl.arange(0, TILE)[None, :]
+    m_coefficient = o_coefficient < n_left[:, None]
+    i_channel = (i_row_tile % channels * TILE % channels)[:, None] + o_coefficient
+    i_channel -= divide(i_channel, channels) * channels
+    b_re, b_im = load_tiles(y_ptr, i_first, tiles, TILES, TILE)
 
     if HAS_THRESHOLDS:
         b_threshold = tl.load(threshold_ptr + i_channel, mask=m_coefficient, other=0.0).to(b_re.dtype)
     else:
-        b_threshold = tl.full([TILE], threshold, tl.float64).to(b_re.dtype)
-    # "not below" instead of "above or equal" keeps NaN
-    below = b_re * b_re + b_im * b_im < b_threshold * b_threshold
-    m_kept = m_coefficient & ((below == 0) | (row == 0))
-    b_kept = m_kept.to(tl.int32)
-
-    n_kept = tl.sum(b_kept, axis=0)
-    start = tl.atomic_add(cursor_ptr, n_kept.to(tl.int64), sem="relaxed")
-    store_kept(bitmap_ptr, row * row_tiles + i_tile, b_kept, TILE)
-    tl.store(offsets_ptr + row * row_tiles + i_tile, start.to(tl.int32))
-
+        b_threshold = tl.full([1, 1], threshold, tl.float64).to(b_re.dtype)
     if HAS_SCALE:
         b_scale = tl.load(scale_ptr + i_channel, mask=m_coefficient, other=1.0).to(b_re.dtype)
+    # nothing is below a square of -1, which keeps row 0; "not below" instead of "above or equal" keeps NaN
+    b_square = tl.where((row == 0)[:, None], -1.0, b_threshold * b_threshold)
+    m_kept = m_coefficient & ((b_re * b_re + b_im * b_im < b_square) == 0)
+    b_kept = m_kept.to(tl.int32)
+
+    store_kept(bitmap_ptr, i_tile, m_tile, b_kept, TILE)
+    n_kept = tl.sum(b_kept, axis=1)
+    start = tl.atomic_add(cursor_ptr, tl.sum(n_kept, axis=0).to(tl.int64), sem="relaxed")
+    start += tl.cumsum(n_kept, axis=0) - n_kept
+    tl.store(offsets_ptr + i_tile, start.to(tl.int32), mask=m_tile)
+
+    if HAS_SCALE:
         b_re = b_scale * activate(b_re / b_scale, KIND)
         b_im = b_scale * activate(b_im / b_scale, KIND)
     else:
         b_re = activate(b_re, KIND)
         b_im = activate(b_im, KIND)
-    o_value = start + tl.cumsum(b_kept, axis=0) - b_kept
-    store_pairs(values_ptr, o_value, m_kept & (o_value < capacity), b_re, b_im)
+    b_rank = tl.cumsum(b_kept, axis=1) - b_kept
+    n_room = tl.minimum(tl.maximum(capacity - start, 0), TILE).to(tl.int32)
+    store_pairs(values_ptr, start, b_rank, m_kept & (b_rank < n_room[:, None]), b_re, b_im)
 
 
 @triton.jit
@@ -125,7 +140,9 @@ def gather_rows_kernel(
     first_tile,
     chunk_tiles,
     row_tiles,
+    tiles,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Writes the coefficients of a chunk that an existing pattern keeps to their places.
 
@@ -138,16 +155,19 @@ def gather_rows_kernel(
         first_tile: tile t0 of the row with which the chunk begins.
         chunk_tiles: tiles of a chunk row, Tc.
         row_tiles: tiles of a row, T.
+        tiles: tiles of the chunk, Fc * Tc.
         TILE: coefficients of a tile.
+        TILES: tiles a program handles.
     """
-    i_program = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows_ptr + i_program // chunk_tiles)
-    i_tile = row * row_tiles + first_tile + i_program % chunk_tiles
-    b_kept = load_kept(bitmap_ptr, i_tile, TILE)
-    start = tl.load(offsets_ptr + i_tile).to(tl.int64)
-    b_re, b_im = load_tile(y_ptr, i_program, TILE)
-    o_value = start + tl.cumsum(b_kept, axis=0) - b_kept
-    store_pairs(out_ptr, o_value, b_kept != 0, b_re, b_im)
+    i_first = tl.program_id(0) * TILES
+    i_dense = i_first + tl.arange(0, TILES)
+    m_tile = i_dense < tiles
+    row = tl.load(rows_ptr + i_dense // chunk_tiles, mask=m_tile, other=0)
+    i_tile = row * row_tiles + first_tile + i_dense % chunk_tiles
+    b_kept = load_kept(bitmap_ptr, i_tile, m_tile, TILE)
+    start = tl.load(offsets_ptr + i_tile, mask=m_tile, other=0).to(tl.int64)
+    b_re, b_im = load_tiles(y_ptr, i_first, tiles, TILES, TILE)
+    store_pairs(out_ptr, start, tl.cumsum(b_kept, axis=1) - b_kept, b_kept != 0, b_re, b_im)
 
 
 def tile_geometry(bitmap: torch.Tensor, chunk: torch.Tensor) -> tuple[int, int, int]:
@@ -179,18 +199,26 @@ def plan_pack_rows(
     kind: str,
     scale: torch.Tensor | None,
     channels: int,
+    config: Tiles | None = None,
 ) -> Launch:
-    """The launch behind `pack_rows`."""
+    """The launch behind `pack_rows`, by default in the configuration chosen for it."""
     require_float_values(values)
     assert kind in KINDS, kind
     tile, row_tiles, chunk_tiles = tile_geometry(bitmap, y)
     thresholds = threshold if isinstance(threshold, torch.Tensor) else None
+    by_channel = thresholds is not None or scale is not None
+    assert channels < 2**19 or not by_channel, "the kernel divides by way of float32"
+    tiles = rows.shape[0] * chunk_tiles
+    if config is None:
+        config = PACK_ROWS.choose(y.device, (y.dtype, values.dtype), (tiles, tile))
+    block_tiles, num_warps = config.shape(tile, y.element_size())
     meta = {
         "KIND": kind,
         "HAS_THRESHOLDS": thresholds is not None,
         "HAS_SCALE": scale is not None,
         "TILE": tile,
-        "num_warps": tile_warps(tile, y.element_size()),
+        "TILES": block_tiles,
+        "num_warps": num_warps,
     }
     args = (
         y.contiguous(),
@@ -206,10 +234,11 @@ def plan_pack_rows(
         t0,
         chunk_tiles,
         row_tiles,
+        tiles,
         values.shape[0],
         channels,
     )
-    return Launch(pack_rows_kernel, (rows.shape[0] * chunk_tiles,), args, meta)
+    return Launch(pack_rows_kernel, (ceil_div(tiles, block_tiles),), args, meta)
 
 
 def pack_rows(
@@ -250,14 +279,24 @@ def pack_rows(
 
 
 def plan_gather_rows(
-    y: torch.Tensor, bitmap: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor, t0: int, out: torch.Tensor
+    y: torch.Tensor,
+    bitmap: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    t0: int,
+    out: torch.Tensor,
+    config: Tiles | None = None,
 ) -> Launch:
-    """The launch behind `gather_rows`."""
+    """The launch behind `gather_rows`, by default in the configuration chosen for it."""
     require_float_values(out)
     tile, row_tiles, chunk_tiles = tile_geometry(bitmap, y)
-    args = (y.contiguous(), rows, bitmap, offsets, out, t0, chunk_tiles, row_tiles)
-    meta = {"TILE": tile, "num_warps": tile_warps(tile, y.element_size())}
-    return Launch(gather_rows_kernel, (rows.shape[0] * chunk_tiles,), args, meta)
+    tiles = rows.shape[0] * chunk_tiles
+    if config is None:
+        config = GATHER_ROWS.choose(y.device, (y.dtype, out.dtype), (tiles, tile))
+    block_tiles, num_warps = config.shape(tile, y.element_size())
+    args = (y.contiguous(), rows, bitmap, offsets, out, t0, chunk_tiles, row_tiles, tiles)
+    meta = {"TILE": tile, "TILES": block_tiles, "num_warps": num_warps}
+    return Launch(gather_rows_kernel, (ceil_div(tiles, block_tiles),), args, meta)
 
 
 def gather_rows(

@@ -25,7 +25,7 @@ SHORT_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp1
 BATCH, CHANNELS, HEIGHT, WIDTH, HALF_WIDTH = 128, 64, 32, 32, 17
 FREQUENCIES = 514
 ROW = BATCH * CHANNELS
-CHUNK = 32
+CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ class Example:
 
     Attributes:
         name: launcher and what is special about the call.
-        plan: makes the launch (nothing is allocated, nothing runs).
+        plan: makes the launch (nothing is allocated, nothing runs) in a configuration of the kernel's space, or, given
+            None, in the one chosen for it.
         wide_loads, wide_stores: 128-bit accesses to global memory are required.
         core: one of the few that stand for their kernel where building all would take too long.
     """
 
     name: str
-    plan: Callable[[], Launch]
+    plan: Callable[[Any], Launch]
     wide_loads: bool = False
     wide_stores: bool = False
     core: bool = False
@@ -71,13 +72,8 @@ def _rows() -> torch.Tensor:
     return _meta(CHUNK, dtype=torch.int64)
 
 
-def _grid() -> SimpleNamespace:
-    mirrored = HEIGHT * HALF_WIDTH - FREQUENCIES
-    return SimpleNamespace(
-        index=_meta(FREQUENCIES, dtype=torch.int64),
-        mirror_index=_meta(mirrored, dtype=torch.int64),
-        mirror_row=_meta(mirrored, dtype=torch.int64),
-    )
+def _product(x: torch.Tensor, w: torch.Tensor, config: Any = None) -> Launch:
+    return plan_complex_product(x, w, config=config)[0]
 
 
 def _pack(
@@ -86,6 +82,7 @@ def _pack(
     kind: str = "tanh",
     tile: int = 1024,
     per_channel: bool = False,
+    config: Any = None,
 ) -> Launch:
     bitmap, offsets = _pattern(tile)
     return plan_pack_rows(
@@ -101,46 +98,48 @@ def _pack(
         kind,
         _meta(CHANNELS) if per_channel else None,
         CHANNELS,
+        config,
     )
 
 
-def _gather(dtype: torch.dtype) -> Launch:
-    bitmap, offsets = _pattern(1024)
+def _gather(dtype: torch.dtype, tile: int = 1024, config: Any = None) -> Launch:
+    bitmap, offsets = _pattern(tile)
     out = _meta(FREQUENCIES * ROW // 4, 2, dtype=dtype)
-    return plan_gather_rows(_meta(CHUNK, ROW, 2, dtype=dtype), bitmap, offsets, _rows(), 0, out)
+    return plan_gather_rows(_meta(CHUNK, ROW, 2, dtype=dtype), bitmap, offsets, _rows(), 0, out, config)
 
 
-def _unpack_rows(value_dtype: torch.dtype, dtype: torch.dtype, tile: int = 1024) -> Launch:
+def _unpack_rows(value_dtype: torch.dtype, dtype: torch.dtype, tile: int = 1024, config: Any = None) -> Launch:
     bitmap, offsets = _pattern(tile)
     values = _meta(FREQUENCIES * ROW // 4, 2, dtype=value_dtype)
     out = _meta(CHUNK, ROW, 2, dtype=dtype)
-    return plan_unpack_rows(values, None, bitmap, offsets, _rows(), 0, ROW // tile, out)
+    return plan_unpack_rows(values, None, bitmap, offsets, _rows(), 0, ROW // tile, out, config)
 
 
-def _unpack_planes(value_dtype: torch.dtype, dtype: torch.dtype, row_scale: bool = False) -> Launch:
+def _unpack_planes(value_dtype: torch.dtype, dtype: torch.dtype, row_scale: bool = False, config: Any = None) -> Launch:
     bitmap, offsets = _pattern(1024)
     values = _meta(FREQUENCIES * ROW // 4, 2, dtype=value_dtype)
     out = _meta(2048, HEIGHT, HALF_WIDTH, 2, dtype=dtype)
     factors = _meta(FREQUENCIES) if row_scale else None
-    return plan_unpack_planes(values, None, bitmap, offsets, _grid(), 0, 2, 2048, factors, out)
+    grid = SimpleNamespace(source=_meta(HEIGHT * HALF_WIDTH, dtype=torch.int32))
+    return plan_unpack_planes(values, None, bitmap, offsets, grid, 0, 2, 2048, factors, out, config)
 
 
 def _spectrum(
-    dtype: torch.dtype, out_dtype: torch.dtype, kernel: int, inputs: int, outputs: int, groups: int
+    dtype: torch.dtype, out_dtype: torch.dtype, kernel: int, inputs: int, outputs: int, groups: int, config: Any = None
 ) -> Launch:
     weight = _meta(outputs, inputs // groups, kernel, kernel, dtype=dtype)
     basis = _meta(FREQUENCIES, kernel * kernel, 2, dtype=dtype)
     out = _meta(FREQUENCIES, groups, 2 * inputs // groups, 2 * outputs // groups, dtype=out_dtype)
-    return plan_kernel_spectrum(weight, basis, groups, out)
+    return plan_kernel_spectrum(weight, basis, groups, out, config)
 
 
 def _adjoint(
-    dtype: torch.dtype, grad_dtype: torch.dtype, kernel: int, inputs: int, outputs: int, groups: int
+    dtype: torch.dtype, grad_dtype: torch.dtype, kernel: int, inputs: int, outputs: int, groups: int, config: Any = None
 ) -> Launch:
     out = _meta(outputs, inputs // groups, kernel, kernel, dtype=dtype)
     basis = _meta(FREQUENCIES, kernel * kernel, 2, dtype=dtype)
     grad = _meta(FREQUENCIES, groups, 2 * inputs // groups, 2 * outputs // groups, dtype=grad_dtype)
-    return plan_kernel_spectrum_adjoint(grad, basis, groups, out)[0]
+    return plan_kernel_spectrum_adjoint(grad, basis, groups, out, config)[0]
 
 
 # The few examples that stand for their kernels where building all of them for every target would take too long.
@@ -168,11 +167,11 @@ def examples() -> list[Example]:
     found: list[Example] = []
 
     def add(name: str, plan: Callable[..., Launch], *args: object, loads: bool = False, stores: bool = False) -> None:
-        found.append(Example(name, lambda: plan(*args), loads, stores, name in CORE))
+        found.append(Example(name, lambda config: plan(*args, config=config), loads, stores, name in CORE))
 
     def add_stream(name: str, plan: Callable[..., tuple[Any, ...]], *args: object) -> None:
         # these planners return (launch, what it fills, ..), and read and write everything in wide accesses
-        add(name, lambda *args: plan(*args)[0], *args, loads=True, stores=True)
+        add(name, lambda *args, config: plan(*args, config=config)[0], *args, loads=True, stores=True)
 
     for dtype in (single, double):
         short = SHORT_NAMES[dtype]
@@ -181,7 +180,7 @@ def examples() -> list[Example]:
         add_stream(f"complex_product {short}", plan_complex_product, x, x, False)
         add_stream(f"complex_product {short} conj", plan_complex_product, x, x, True)
         for name, w in (("(C, 1, 1)", x[0, :, :1, :1]), ("(C, H, Wh)", x[0]), ("transposed", x.mT.contiguous().mT)):
-            add(f"complex_product {short} {name}", lambda *args: plan_complex_product(*args)[0], x, w)
+            add(f"complex_product {short} {name}", _product, x, w)
         for kind in KINDS:
             add_stream(f"spectral_activation {short} {kind}", plan_spectral_activation, x, kind)
             add_stream(f"spectral_activation_backward {short} {kind}", plan_spectral_activation_backward, x, x, kind)
@@ -197,13 +196,16 @@ def examples() -> list[Example]:
         add(f"pack_rows {_arrow(pair)} tanh", _pack, *pair, loads=True)
     add("pack_rows fp32 to fp32 identity", _pack, single, single, "identity", loads=True)
     add("pack_rows fp32 to fp32 atan", _pack, single, single, "atan", loads=True)
-    add("pack_rows fp32 to fp32 tanh tile 64", _pack, single, single, "tanh", 64, loads=True)
+    for tile in (32, 64, 256):
+        add(f"pack_rows fp32 to fp32 tanh tile {tile}", _pack, single, single, "tanh", tile, loads=True)
     add("pack_rows fp32 to fp32 tanh per channel", _pack, single, single, "tanh", 1024, True, loads=True)
     for dtype in (single, double, half, brain):
         add(f"gather_rows {SHORT_NAMES[dtype]}", _gather, dtype, loads=True)
+    add("gather_rows fp32 tile 32", _gather, single, 32, loads=True)
     for pair in ((single, single), (double, double), (brain, brain), (half, single), (single, brain)):
         add(f"unpack_rows {_arrow(pair)}", _unpack_rows, *pair, stores=True)
-    add("unpack_rows fp32 to fp32 tile 64", _unpack_rows, single, single, 64, stores=True)
+    for tile in (32, 64, 256):
+        add(f"unpack_rows fp32 to fp32 tile {tile}", _unpack_rows, single, single, tile, stores=True)
     for pair in ((single, single), (double, double), (brain, single)):
         add(f"unpack_planes {_arrow(pair)}", _unpack_planes, *pair)
     add("unpack_planes fp32 to fp32 row_scale", _unpack_planes, single, single, True)

@@ -12,8 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import COLUMN_SUM_BLOCK, ROW_MIN_COLUMNS, ceil_div, row_block, stream_block, stream_warps
+from ._device import divide
 from ._launch import Launch
+from .configs import (
+    COLUMN_SUM_BLOCK,
+    ROW_MIN_COLUMNS,
+    SPECTRAL_ACTIVATION,
+    SPECTRAL_ACTIVATION_BACKWARD,
+    SPECTRAL_ACTIVATION_SCALE_BACKWARD,
+    Stream,
+    ceil_div,
+)
 
 KINDS = ("identity", "tanh", "softsign", "asinh", "atan")
 
@@ -31,10 +40,10 @@ def polynomial_tanh(x):
 
 @triton.jit
 def tanh(x):
-    """tanh by (1 - e) / (1 + e), e = exp(-2 |x|), which never overflows; small |x| without the cancellation."""
+    """tanh by exponentials, and without their cancellation for small |x|."""
     a = tl.abs(x)
-    e = tl.exp(-2.0 * a)
     if x.dtype == tl.float64:
+        e = tl.exp(-2.0 * a)
         # (e - 1) * y / log(e) is expm1(y) to the last digits, the rounding of e cancels
         inside = (e < 1.0) & (a < 0.5)
         safe = tl.where(inside, e, 0.5)
@@ -43,7 +52,8 @@ def tanh(x):
         # e rounds to 1 for the tiniest |x| only, where tanh(x) = x
         return tl.where(e == 1.0, x, tl.where(x < 0, -t, t))
     else:
-        t = (1.0 - e) / (1.0 + e)
+        # exp(2 |x|) may overflow, to the right limit
+        t = 1.0 - 2.0 / (1.0 + tl.exp2(a * 2.8853900817779268))
         return tl.where(a < 0.5, polynomial_tanh(x), tl.where(x < 0, -t, t))
 
 
@@ -191,6 +201,7 @@ def spectral_activation_kernel(
     channels,
     KIND: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Forward over flat real memory.
@@ -204,6 +215,7 @@ def spectral_activation_kernel(
         channels: number of channels.
         KIND: name of h.
         HAS_SCALE: whether there is a scale.
+        LONG: whether a channel of a sample is no shorter than a block.
         BLOCK: real elements a program handles.
     """
     i_block = tl.program_id(0).to(tl.int64)
@@ -211,11 +223,15 @@ def spectral_activation_kernel(
     m_real = o_real < length
     b_x = tl.load(x_ptr + o_real, mask=m_real, other=0.0)
     if HAS_SCALE:
-        # divide the block's start in 64 bits, once; what is left fits 32 bits, where division is several times cheaper
+        # divide the block's start in 64 bits, once; what is left is small
         i_first = i_block * BLOCK // inner
-        o_first = (i_block * BLOCK % inner).to(tl.int32)
-        i_channel = (i_first % channels).to(tl.int32) + (o_first + tl.arange(0, BLOCK)) // inner
-        b_scale = tl.load(scale_ptr + i_channel % channels, mask=m_real, other=1.0).to(b_x.dtype)
+        o_inner = (i_block * BLOCK % inner).to(tl.int32) + tl.arange(0, BLOCK)
+        if LONG:
+            i_channel = (i_first % channels).to(tl.int32) + (o_inner >= inner).to(tl.int32)
+        else:
+            i_channel = (i_first % channels).to(tl.int32) + divide(o_inner, inner)
+        i_channel -= divide(i_channel, channels) * channels
+        b_scale = tl.load(scale_ptr + i_channel, mask=m_real, other=1.0).to(b_x.dtype)
         b_z = b_scale * activate(b_x / b_scale, KIND)
     else:
         b_z = activate(b_x, KIND)
@@ -300,10 +316,12 @@ def spectral_activation_scale_backward_kernel(
     if BY_COLUMN:
         b_scale = tl.load(scale_ptr + o_real // inner, mask=m_column, other=1.0).to(b_z.dtype)[None, :]
     else:
-        b_scale = tl.load(scale_ptr + i_row % channels, mask=m_row, other=1.0).to(b_z.dtype)[:, None]
+        i_channel = (i_row_block * BLOCK_R % channels).to(tl.int32) + tl.arange(0, BLOCK_R)
+        i_channel -= divide(i_channel, channels) * channels
+        b_scale = tl.load(scale_ptr + i_channel, mask=m_row, other=1.0).to(b_z.dtype)[:, None]
     slope, rest = derivative(b_z / b_scale, KIND)
     tl.store(grad_x_ptr + o_block, b_grad * slope, mask=m_real)
-    b_rest = tl.where(m_real, b_grad * rest, 0.0)
+    b_rest = b_grad * rest  # zero where masked, as the gradient is
     if BY_COLUMN:
         tl.store(partial_ptr + i_row_block * columns + o_real, tl.sum(b_rest, axis=0), mask=m_column)
     else:
@@ -315,26 +333,37 @@ def _pairs(x: torch.Tensor) -> torch.Tensor:
 
 
 def plan_spectral_activation(
-    x: torch.Tensor, kind: str, scale: torch.Tensor | None = None
+    x: torch.Tensor, kind: str, scale: torch.Tensor | None = None, config: Stream | None = None
 ) -> tuple[Launch, torch.Tensor]:
-    """The launch behind `spectral_activation` and the tensor it fills."""
+    """The launch behind `spectral_activation`, by default in the configuration chosen for it, and what it fills."""
     assert kind in KINDS, kind
     x_real = _pairs(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     channels = 1 if scale is None else x.shape[1]
     inner = 1 if scale is None else math.prod(x_real.shape[2:])
     assert scale is None or scale.shape == (channels,), "scale must have one element a channel"
-    block = stream_block(x_real.dtype)
-    meta = {"KIND": kind, "HAS_SCALE": scale is not None, "BLOCK": block, "num_warps": stream_warps(x_real.dtype)}
+    assert channels < 2**19, "the kernel divides by way of float32"
+    length = x_real.numel()
+    if config is None:
+        sizes = (length, 0 if scale is None else inner)
+        config = SPECTRAL_ACTIVATION.choose(x.device, (x_real.dtype,), sizes)
+    block = config.block_bytes // x_real.element_size()
+    meta = {
+        "KIND": kind,
+        "HAS_SCALE": scale is not None,
+        "LONG": inner >= block,
+        "BLOCK": block,
+        "num_warps": config.num_warps,
+    }
     args = (
         x_real,
         None if scale is None else scale.contiguous(),
         torch.view_as_real(out),
-        x_real.numel(),
+        length,
         inner,
         channels,
     )
-    return Launch(spectral_activation_kernel, (ceil_div(x_real.numel(), block),), args, meta), out
+    return Launch(spectral_activation_kernel, (ceil_div(length, block),), args, meta), out
 
 
 def spectral_activation(x: torch.Tensor, kind: str, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -354,21 +383,28 @@ def spectral_activation(x: torch.Tensor, kind: str, scale: torch.Tensor | None =
 
 
 def plan_spectral_activation_backward(
-    grad: torch.Tensor, z: torch.Tensor, kind: str, scale: torch.Tensor | None = None
+    grad: torch.Tensor, z: torch.Tensor, kind: str, scale: torch.Tensor | None = None, config: Stream | None = None
 ) -> tuple[Launch, torch.Tensor, torch.Tensor | None]:
-    """The launch behind `spectral_activation_backward`, the gradient it fills and the partial sums for the scale."""
+    """The launch behind `spectral_activation_backward`, by default in the configuration chosen for it.
+
+    Returns:
+        The launch, the gradient it fills and the partial sums for the scale (None without one).
+    """
     assert kind in KINDS, kind
     assert grad.shape == z.shape and grad.dtype == z.dtype, "gradient and output must be alike"
     grad_real, z_real = _pairs(grad), _pairs(z)
     grad_x = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     grad_x_real = torch.view_as_real(grad_x)
     if scale is None:
-        block = stream_block(z_real.dtype)
-        meta = {"KIND": kind, "BLOCK": block, "num_warps": stream_warps(z_real.dtype)}
+        length = z_real.numel()
+        if config is None:
+            config = SPECTRAL_ACTIVATION_BACKWARD.choose(z.device, (z_real.dtype,), (length,))
+        block = config.block_bytes // z_real.element_size()
+        meta = {"KIND": kind, "BLOCK": block, "num_warps": config.num_warps}
         launch = Launch(
             spectral_activation_backward_kernel,
-            (ceil_div(z_real.numel(), block),),
-            (grad_real, z_real, grad_x_real, z_real.numel()),
+            (ceil_div(length, block),),
+            (grad_real, z_real, grad_x_real, length),
             meta,
         )
         return launch, grad_x, None
@@ -376,10 +412,15 @@ def plan_spectral_activation_backward(
     batch, channels = z.shape[:2]
     inner = math.prod(z_real.shape[2:])
     assert scale.shape == (channels,), "scale must have one element a channel"
+    assert channels < 2**19, "the kernel divides by way of float32"
     # a channel of few elements would leave most of a row block empty: take all channels as one row then
     by_column = inner < ROW_MIN_COLUMNS
     rows, columns = (batch, channels * inner) if by_column else (batch * channels, inner)
-    block_rows, block_columns = row_block(columns, z_real.element_size(), COLUMN_SUM_BLOCK if by_column else None)
+    if config is None:
+        sizes = (batch, channels, inner)
+        config = SPECTRAL_ACTIVATION_SCALE_BACKWARD.choose(z.device, (z_real.dtype,), sizes)
+    most_columns = COLUMN_SUM_BLOCK if by_column else None
+    block_rows, block_columns = config.row_block(columns, z_real.element_size(), most_columns)
     row_blocks, column_blocks = ceil_div(rows, block_rows), ceil_div(columns, block_columns)
     # both are (.., channels, ..): what is summed afterwards stands around the channels
     shape = (row_blocks, channels, inner) if by_column else (batch, channels, column_blocks)
@@ -389,7 +430,7 @@ def plan_spectral_activation_backward(
         "BY_COLUMN": by_column,
         "BLOCK_R": block_rows,
         "BLOCK_C": block_columns,
-        "num_warps": stream_warps(z_real.dtype),
+        "num_warps": config.num_warps,
     }
     args = (grad_real, z_real, scale.contiguous(), grad_x_real, partial, rows, columns, inner, channels)
     launch = Launch(spectral_activation_scale_backward_kernel, (row_blocks * column_blocks,), args, meta)
@@ -409,7 +450,7 @@ def spectral_activation_backward(
 
     Returns:
         The gradient of the input, contiguous, and that of the scale (None without one); both bit by bit the same from
-        run to run.
+        run to run in one configuration.
     """
     launch, grad_x, partial = plan_spectral_activation_backward(grad, z, kind, scale)
     launch.run()

@@ -1,6 +1,6 @@
 """From the packed spectrum back to dense: `unpack_rows` gives frequency-major chunks, `unpack_planes` half spectra.
 
-The format is the one of docs/packed-format.md. `unpack_rows` handles one tile of one row a program. `unpack_planes` is
+The format is the one of docs/packed-format.md. `unpack_rows` handles some tiles a program. `unpack_planes` is
 driven by what it writes: each program owns a block of half-spectrum positions and walks a tile of planes, so that reads
 follow the tile (kept coefficients are contiguous there) and writes follow the plane, and positions whose conjugate is
 stored are no special case.
@@ -12,18 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import PLANES_BLOCK, PLANES_WARPS, POSITIONS_BLOCK, ceil_div, next_power_of_2, tile_warps
 from ._device import convert, load_kept
 from ._launch import Launch
+from .configs import UNPACK_PLANES, UNPACK_ROWS, Planes, Tiles, ceil_div, next_power_of_2
 from .pack import require_float_values, tile_geometry
 
 
 class Grid(Protocol):
     """What `unpack_planes` needs of a frequency grid."""
 
-    index: torch.Tensor  # (F,) int64, position of each stored frequency in the flattened half spectrum
-    mirror_index: torch.Tensor  # (M,) int64, positions that are not stored
-    mirror_row: torch.Tensor  # (M,) int64, rows whose conjugates stand there
+    @property
+    def source(self) -> torch.Tensor:
+        """`(H * Wh,)` int32: the row stored for each half-spectrum position, -1 - row where its conjugate stands."""
 
 
 @triton.jit
@@ -36,7 +36,9 @@ def unpack_rows_kernel(
     first_tile,
     chunk_tiles,
     row_tiles,
+    tiles,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Writes a dense chunk.
 
@@ -49,21 +51,27 @@ def unpack_rows_kernel(
         first_tile: tile t0 of the row with which the chunk begins.
         chunk_tiles: tiles of a chunk row, Tc.
         row_tiles: tiles of a row, T.
+        tiles: tiles of the chunk, Fc * Tc.
         TILE: coefficients of a tile.
+        TILES: tiles a program handles.
     """
-    i_program = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows_ptr + i_program // chunk_tiles)
-    i_tile = row * row_tiles + first_tile + i_program % chunk_tiles
-    b_kept = load_kept(bitmap_ptr, i_tile, TILE)
-    start = tl.load(offsets_ptr + i_tile).to(tl.int64)
-    o_value = start + tl.cumsum(b_kept, axis=0) - b_kept
+    i_first = tl.program_id(0) * TILES
+    i_dense = i_first + tl.arange(0, TILES)
+    m_tile = i_dense < tiles
+    row = tl.load(rows_ptr + i_dense // chunk_tiles, mask=m_tile, other=0)
+    i_tile = row * row_tiles + first_tile + i_dense % chunk_tiles
+    b_kept = load_kept(bitmap_ptr, i_tile, m_tile, TILE)
+    start = tl.load(offsets_ptr + i_tile, mask=m_tile, other=0).to(tl.int64)
+    b_rank = tl.cumsum(b_kept, axis=1) - b_kept
     # pairs, so that each coefficient is one access
-    p_value = values_ptr + o_value[:, None] * 2 + tl.arange(0, 2)[None, :]
-    m_value = (b_kept[:, None] != 0) & (tl.arange(0, 2)[None, :] < 2)
-    b_value = tl.load(p_value, mask=m_value, other=0.0)
-    # a chunk holds whole tiles, so nothing of this is out of bounds; flat offsets give 128-bit stores
-    o_real = i_program * (2 * TILE) + tl.arange(0, 2 * TILE)
-    tl.store(out_ptr + o_real, tl.reshape(convert(b_value, out_ptr), [2 * TILE]))
+    o_part = tl.arange(0, 2)[None, None, :]
+    p_value = values_ptr + (start * 2)[:, None, None] + (b_rank[:, :, None] * 2 + o_part)
+    b_value = tl.load(p_value, mask=(b_kept != 0)[:, :, None] & (o_part < 2), other=0.0)
+    # flat offsets give 128-bit stores
+    o_real = tl.arange(0, TILES * 2 * TILE)
+    m_real = o_real < tl.minimum(tiles - i_first, TILES) * (2 * TILE)
+    b_out = tl.reshape(convert(b_value, out_ptr), [TILES * 2 * TILE])
+    tl.store(out_ptr + i_first.to(tl.int64) * (2 * TILE) + o_real, b_out, mask=m_real)
 
 
 @triton.jit
@@ -157,16 +165,21 @@ def plan_unpack_rows(
     t0: int,
     t1: int,
     out: torch.Tensor,
+    config: Tiles | None = None,
 ) -> Launch:
-    """The launch behind `unpack_rows`."""
+    """The launch behind `unpack_rows`, by default in the configuration chosen for it."""
     require_float_values(values)
     assert scales is None or not scales.numel(), "float values have no scales"
     assert out.is_contiguous(), "out must be contiguous"
     tile, row_tiles, chunk_tiles = tile_geometry(bitmap, out)
     assert chunk_tiles == t1 - t0 and out.shape[0] == rows.shape[0], "out must have the shape of the chunk"
-    args = (values, bitmap, offsets, rows, out, t0, chunk_tiles, row_tiles)
-    meta = {"TILE": tile, "num_warps": tile_warps(tile, out.element_size())}
-    return Launch(unpack_rows_kernel, (rows.shape[0] * chunk_tiles,), args, meta)
+    tiles = rows.shape[0] * chunk_tiles
+    if config is None:
+        config = UNPACK_ROWS.choose(out.device, (out.dtype, values.dtype), (tiles, tile))
+    block_tiles, num_warps = config.shape(tile, out.element_size())
+    args = (values, bitmap, offsets, rows, out, t0, chunk_tiles, row_tiles, tiles)
+    meta = {"TILE": tile, "TILES": block_tiles, "num_warps": num_warps}
+    return Launch(unpack_rows_kernel, (ceil_div(tiles, block_tiles),), args, meta)
 
 
 def unpack_rows(
@@ -197,14 +210,6 @@ def unpack_rows(
     return out
 
 
-def plane_source(grid: Grid, positions: int) -> torch.Tensor:
-    """`(positions,)` int32: the row stored for each half-spectrum position, or -1 - row where its conjugate stands."""
-    source = torch.empty(positions, dtype=torch.int32, device=grid.index.device)
-    source[grid.index] = torch.arange(grid.index.shape[0], dtype=torch.int32, device=source.device)
-    source[grid.mirror_index] = (~grid.mirror_row).to(torch.int32)  # ~row = -1 - row
-    return source
-
-
 def plan_unpack_planes(
     values: torch.Tensor,
     scales: torch.Tensor | None,
@@ -216,21 +221,23 @@ def plan_unpack_planes(
     count: int,
     row_scale: torch.Tensor | None,
     out: torch.Tensor,
+    config: Planes | None = None,
 ) -> Launch:
-    """The launch behind `unpack_planes`."""
+    """The launch behind `unpack_planes`, by default in the configuration chosen for it."""
     require_float_values(values)
     assert scales is None or not scales.numel(), "float values have no scales"
     assert out.is_contiguous() and out.shape[0] == count, "out must be contiguous and hold `count` planes"
     tile, row_tiles = bitmap.shape[2] * 8, bitmap.shape[1]
     assert count <= (t1 - t0) * tile, "more planes than the tiles hold"
     positions = out.shape[1] * out.shape[2]
-    block_positions = min(next_power_of_2(positions), POSITIONS_BLOCK)
-    block_planes = min(tile, PLANES_BLOCK)
+    if config is None:
+        config = UNPACK_PLANES.choose(out.device, (out.dtype, values.dtype), (count, positions, tile))
+    block_positions = min(next_power_of_2(positions), config.positions)
     args = (
         values,
         bitmap,
         offsets,
-        plane_source(grid, positions),
+        grid.source,
         row_scale,
         out,
         t0,
@@ -241,9 +248,9 @@ def plan_unpack_planes(
     meta = {
         "HAS_ROW_SCALE": row_scale is not None,
         "TILE": tile,
-        "BLOCK_P": block_planes,
+        "BLOCK_P": min(tile, config.planes),
         "BLOCK_S": block_positions,
-        "num_warps": PLANES_WARPS,
+        "num_warps": config.num_warps,
     }
     # tiles without a plane to write need no program
     programs = ceil_div(positions, block_positions) * ceil_div(count, tile)
@@ -269,7 +276,7 @@ def unpack_planes(
         scales: None or empty (only low-bit values have scales).
         bitmap: `(F, T, tile // 8)` uint8.
         offsets: `(F, T)` int32.
-        grid: frequency grid with `index`, `mirror_index` and `mirror_row` on the device of the data.
+        grid: frequency grid whose `source` is on the device of the data.
         t0, t1: range of tiles the planes lie in.
         count: planes, at most `(t1 - t0) * tile`.
         row_scale: `(F,)` factor of each row, or None.

@@ -38,6 +38,7 @@ NETWORKS = {
     "vgg16_bn": Network(partial(vgg.describe, norm=True), vgg.initialise),
     "densenet": _densenet((16, 16, 16), 12),
     "densenet40": _densenet((6, 6, 6), 12),
+    "densenet22": _densenet((3, 3, 3), 12),
     "densenet121": _densenet((6, 12, 24, 16), 32, imagenet=True),
     "densenet169": _densenet((6, 12, 32, 32), 32, imagenet=True),
 }
@@ -62,8 +63,9 @@ def build(
 
     Args:
         name: ``"lenet"``, ``"alexnet"``, ``"vgg16"``, ``"vgg16_bn"`` (with batch norm), ``"densenet"`` (BC, 100 layers,
-            growth 12, for small images), ``"densenet40"`` (the same with 40 layers), ``"densenet121"`` or
-            ``"densenet169"``. Images below 64 pixels get the small-image form of the networks for ImageNet.
+            growth 12, for small images), ``"densenet40"`` or ``"densenet22"`` (the same with fewer layers),
+            ``"densenet121"`` or ``"densenet169"``. Images below 64 pixels get the small-image form of the networks for
+            ImageNet.
         variant: ``"spatial"`` is the original as users run it, ``"spectral"`` the twin with packed feature maps.
         num_classes, in_channels, image_size: of the data; images are square.
         width: multiplies the numbers of channels (the growth rate of a DenseNet) and of hidden features.

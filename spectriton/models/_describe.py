@@ -280,7 +280,7 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
             modules[f"{name}_to_spatial"] = snn.ToSpatial(options.workspace)
             packed = False
 
-    for layer in layers:
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if isinstance(layer, Conv):
             enter(layer.name)
             modules[layer.name] = _block(layer, options)
@@ -308,11 +308,19 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
             if layer.padding:
                 fill = -inf if layer.kind == "max" else 0.0
                 modules[f"{layer.name}_pad"] = nn.ConstantPad2d(layer.padding, fill)
-            if layer.kind == "max":  # of packed maps or not, the pool gives maps
-                modules[layer.name] = snn.MaxPool2d(layer.kernel_size, layer.stride, workspace=options.workspace)
+            if layer.kind == "max":
+                stays = packed and isinstance(following, (Conv, Dense))
+                modules[layer.name] = snn.MaxPool2d(
+                    layer.kernel_size,
+                    layer.stride,
+                    **(options.rule() if stays else {}),
+                    value_dtype=options.value_dtype,
+                    workspace=options.workspace,
+                )
+                packed = stays
             else:
                 modules[layer.name] = snn.AvgPool2d(layer.kernel_size, layer.stride)
-            packed = False
+                packed = False
         elif isinstance(layer, GlobalAvgPool):
             enter(layer.name)
             modules[layer.name] = snn.GlobalAvgPool()

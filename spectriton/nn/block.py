@@ -30,8 +30,8 @@ class SpecBlock(nn.Module):
         activation_scale: None for the plain ``h(x)``; a number for ``s h(x / s)`` with ``s`` learnt per channel from
             this value on (in units of the ortho spectrum).
         norm: an exact batch norm (:class:`SpectralBatchNorm2d`) between convolution and activation, as ``.norm``. The
-            threshold is meant for its output then; its statistics are those of the kept coefficients. Both the kept
-            convolution and the activated output stay for backward: twice the packed data.
+            threshold is meant for its output then; its statistics are those of the kept coefficients. Backward keeps
+            the convolution; what comes of it is made again for the block behind.
         stride: as for ``nn.Conv2d``; height and width must be multiples of it.
         dilation: as for ``nn.Conv2d``.
         value_dtype: format of the kept values, by default that of the input.
@@ -111,6 +111,7 @@ class SpecBlock(nn.Module):
             density=density,
             activation_scale=activation_scale,
             stride=(conv.stride[0], conv.stride[1]),
+            dilation=(conv.dilation[0], conv.dilation[1]),
             groups=conv.groups,
             bias=conv.bias is not None,
             value_dtype=value_dtype,
@@ -138,9 +139,7 @@ class SpecBlock(nn.Module):
             workspace=self.workspace,
         )
         if self.norm is not None:
-            out = self.norm(out)
-            if self.activation != "identity":
-                out = ops.spectral_activation(out, self.activation, self.activation_scale, workspace=self.workspace)
+            out = self.norm(out, activation=self.activation, activation_scale=self.activation_scale)
         self.last_density = out.density
         return out
 

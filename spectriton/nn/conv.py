@@ -15,8 +15,8 @@ class SpectralConv2d(nn.Module):
     """``nn.Conv2d(padding="same")`` computed on spectra; same parameters, same ``state_dict``.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, groups, bias: as for ``nn.Conv2d``. The output is that of
-            ``padding="same"``, taken at every ``stride``-th position.
+        in_channels, out_channels, kernel_size, stride, groups, bias, dilation: as for ``nn.Conv2d``. The output is
+            that of ``padding="same"``, taken at every ``stride``-th position.
         padding_mode: ``"circular"`` (the default: no padding is needed at all) or ``"zeros"``.
         workspace: bound on the kernel spectrum held at a time, in bytes.
 
@@ -38,10 +38,13 @@ class SpectralConv2d(nn.Module):
         workspace: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        dilation: int | tuple[int, int] = 1,
     ) -> None:
         super().__init__()
         ops.check_padding_mode("SpectralConv2d", padding_mode)
         self.stride = ops.check_stride("SpectralConv2d", stride)
+        self.dilation = ops.check_stride("SpectralConv2d", dilation, "dilation")
         self.padding_mode = padding_mode
         self.groups = groups
         self.workspace = workspace
@@ -53,7 +56,7 @@ class SpectralConv2d(nn.Module):
 
         Raises:
             TypeError: not an ``nn.Conv2d``.
-            ValueError: a padding other than "same", dilation, or a padding mode without a spectral counterpart.
+            ValueError: a padding other than "same", or a padding mode without a spectral counterpart.
         """
         mode = conv_padding_mode("SpectralConv2d.from_conv2d", conv)
         layer = cls(
@@ -66,17 +69,27 @@ class SpectralConv2d(nn.Module):
             conv.bias is not None,
             workspace,
             device="meta",
+            dilation=(conv.dilation[0], conv.dilation[1]),
         )
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.spectral_conv2d(
-            x, self.weight, self.bias, self.stride, self.padding_mode, self.groups, workspace=self.workspace
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding_mode,
+            self.groups,
+            dilation=self.dilation,
+            workspace=self.workspace,
         )
 
     def extra_repr(self) -> str:
-        return f"{describe_taps(self.weight, self.groups)}, stride={self.stride}, padding_mode={self.padding_mode!r}"
+        dilation = "" if self.dilation == (1, 1) else f", dilation={self.dilation}"
+        taps = describe_taps(self.weight, self.groups)
+        return f"{taps}, stride={self.stride}{dilation}, padding_mode={self.padding_mode!r}"
 
 
 def conv_parameters(
@@ -100,17 +113,16 @@ def conv_padding_mode(op: str, conv: Any) -> str:
 
     Raises:
         TypeError: not an ``nn.Conv2d``.
-        ValueError: a padding other than "same", dilation, or another padding mode.
+        ValueError: a padding other than "same", or another padding mode.
     """
     if not isinstance(conv, nn.Conv2d):
         fail(op, "conv", conv, "an nn.Conv2d", "pass the convolution itself", TypeError)
-    if tuple(conv.dilation) != (1, 1):
-        fail(op, "dilation", tuple(conv.dilation), "1", "dilated convolutions have no spectral twin yet")
     if conv.padding_mode not in ("zeros", "circular"):
         fail(op, "padding_mode", repr(conv.padding_mode), "'zeros' or 'circular'", "keep this layer as it is")
-    same = tuple((k - 1) // 2 for k in conv.kernel_size)
-    odd = all(k % 2 for k in conv.kernel_size)
-    if conv.padding != "same" and not (odd and tuple(conv.padding) == same):
+    extra = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    same = tuple(e // 2 for e in extra)
+    even = all(e % 2 == 0 for e in extra)
+    if conv.padding != "same" and not (even and tuple(conv.padding) == same):
         fail(op, "padding", f"{conv.padding!r}", f"'same' (that is {same})", "keep this layer, or pad its input apart")
     return conv.padding_mode
 

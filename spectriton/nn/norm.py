@@ -39,9 +39,16 @@ class SpectralBatchNorm2d(nn.BatchNorm2d):
         self.workspace = workspace
 
     def forward(  # type: ignore[override]
-        self, input: PackedSpectrum | Tensor, size: tuple[int, int] | None = None
+        self,
+        input: PackedSpectrum | Tensor,
+        size: tuple[int, int] | None = None,
+        activation: str = "identity",
+        activation_scale: Tensor | None = None,
     ) -> PackedSpectrum | Tensor:
-        """Normalise; ``size`` is ``(H, W)`` of the maps behind half spectra, by default ``(H, 2 (Wh - 1))``."""
+        """Normalise; ``size`` is ``(H, W)`` of the maps behind half spectra, by default ``(H, 2 (Wh - 1))``.
+
+        An activation may follow in the same pass, see :func:`spectriton.ops.spectral_activation`.
+        """
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         update = self.training and self.track_running_stats
         if update and self.num_batches_tracked is not None:
@@ -58,6 +65,8 @@ class SpectralBatchNorm2d(nn.BatchNorm2d):
             self.training or self.running_mean is None,
             momentum,
             self.eps,
+            activation=activation,
+            activation_scale=activation_scale,
             size=size,
             workspace=self.workspace,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from spectriton import ops
+from spectriton.nn.transform import describe_rule
 from spectriton.packed import PackedSpectrum
 
 
@@ -23,25 +25,53 @@ class MaxPool2d(_Pool2d):
     """``nn.MaxPool2d`` without padding that saves 2 to 8 bits per output for backward instead of its input.
 
     Takes real maps ``(B, C, H, W)`` or their :class:`~spectriton.PackedSpectrum`, of which it makes the maps a chunk
-    at a time, and gives real maps.
+    at a time. Gives real maps, or with a thresholding rule a packed spectrum: then nothing dense is ever whole.
 
     Args:
         kernel_size: window, at most 256 positions.
         stride: step, by default the window.
+        threshold, density: one of them for packed maxima of packed maps: the smallest modulus of the ortho spectrum
+            that is kept, or the fraction to keep.
+        value_dtype: format of the kept values, by default that of the input.
         workspace: bound on temporaries in bytes, for packed spectra.
+
+    Attributes:
+        last_density: fraction kept by the last forward pass, None before the first and without a rule.
     """
 
     def __init__(
         self,
         kernel_size: int | tuple[int, int] = 2,
         stride: int | tuple[int, int] | None = None,
+        *,
+        threshold: float | None = None,
+        density: float | None = None,
+        value_dtype: torch.dtype | str | None = None,
         workspace: int | None = None,
     ) -> None:
         super().__init__(kernel_size, stride)
+        self.threshold, self.density = ops.thresholding_rule("MaxPool2d", threshold, density, default=None)
+        self.value_dtype = value_dtype
         self.workspace = workspace
+        self.last_density: float | None = None
 
-    def forward(self, x: Tensor | PackedSpectrum) -> Tensor:
-        return ops.max_pool2d(x, self.kernel_size, self.stride, workspace=self.workspace)
+    def forward(self, x: Tensor | PackedSpectrum) -> Tensor | PackedSpectrum:
+        out = ops.max_pool2d(
+            x,
+            self.kernel_size,
+            self.stride,
+            threshold=self.threshold,
+            density=self.density,
+            value_dtype=self.value_dtype,
+            workspace=self.workspace,
+        )
+        self.last_density = out.density if isinstance(out, PackedSpectrum) else None
+        return out
+
+    def extra_repr(self) -> str:
+        if self.threshold is None and self.density is None:
+            return super().extra_repr()
+        return f"{super().extra_repr()}, {describe_rule(self.threshold, self.density, self.value_dtype)}"
 
 
 class AvgPool2d(_Pool2d):

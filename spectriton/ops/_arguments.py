@@ -139,15 +139,17 @@ def check_output_size(op: str, output_size: Any) -> tuple[int, int]:
 
 
 def thresholding_rule(
-    op: str, threshold: float | None, density: float | None, default: float
+    op: str, threshold: float | None, density: float | None, default: float | None
 ) -> tuple[float | None, float | None]:
-    """The rule of a layer, checked: ``default`` is its threshold where neither is given.
+    """The rule of a layer, checked: ``default`` is its threshold where neither is given, None for no rule at all.
 
     Raises:
         TypeError, ValueError: both are given, or one is out of range.
     """
     if threshold is None and density is None:
         threshold = default
+        if default is None:
+            return None, None
     check_rule(op, threshold, density)
     return threshold, density
 

@@ -226,11 +226,16 @@ def keep_from_density(density: float, sizes: Layout) -> int:
     return max(0, round(density * sizes.frequencies * sizes.row) - sizes.row)
 
 
-def plane_chunks(sizes: Layout, itemsize: int, workspace: int) -> Iterator[tuple[int, int, int, int]]:
-    """``(t0, t1, first plane, one past the last plane)`` of chunks whose temporaries fit the workspace."""
+def tiles_at_a_time(sizes: Layout, dtype: torch.dtype, workspace: int) -> int:
+    """Tiles of planes whose temporaries fit the workspace, at least one."""
     # Maps, half spectrum, its rows and their padded copy.
-    bytes_per_tile = 5 * sizes.tile * sizes.height * (sizes.width + 2) * itemsize
-    step = max(1, workspace // max(1, bytes_per_tile))
+    bytes_per_tile = 5 * sizes.tile * sizes.height * (sizes.width + 2) * dtype.itemsize
+    return max(1, workspace // max(1, bytes_per_tile))
+
+
+def plane_chunks(sizes: Layout, dtype: torch.dtype, workspace: int) -> Iterator[tuple[int, int, int, int]]:
+    """``(t0, t1, first plane, one past the last plane)`` of chunks whose temporaries fit the workspace."""
+    step = tiles_at_a_time(sizes, dtype, workspace)
     for t0 in range(0, sizes.tiles, step):
         t1 = min(t0 + step, sizes.tiles)
         yield t0, t1, t0 * sizes.tile, min(t1 * sizes.tile, sizes.row)
@@ -261,7 +266,7 @@ def pack_planes(
 
     ``density`` of zero or more overrides the threshold by the one that keeps this fraction.
     """
-    chunks = list(plane_chunks(sizes, dtype.itemsize, workspace))
+    chunks = list(plane_chunks(sizes, dtype, workspace))
     if density >= 0:
         histogram = Histogram(device)
         for t0, t1, first, last in chunks:
@@ -283,7 +288,7 @@ def unpack_planes(
     primitives = backend(device)
     grid = frequency_grid(sizes.height, sizes.width, device)
     index = primitives.tile_index(bitmap, offsets)
-    for t0, t1, first, last in plane_chunks(sizes, out.dtype.itemsize, workspace):
+    for t0, t1, first, last in plane_chunks(sizes, out.dtype, workspace):
         half = out[first:last]
         primitives.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, last - first, None, half, index)
         yield half
@@ -303,7 +308,7 @@ def unpack_maps(
     primitives = backend(values.device)
     grid = frequency_grid(sizes.height, sizes.width, values.device)
     index = primitives.tile_index(bitmap, offsets)
-    for t0, t1, first, last in plane_chunks(sizes, 8 if values.dtype == torch.float64 else 4, workspace):
+    for t0, t1, first, last in plane_chunks(sizes, torch.promote_types(values.dtype, torch.float32), workspace):
         maps = out_of(first, last)
         primitives.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, maps, index)
         yield first, last, maps
@@ -317,7 +322,7 @@ def gather_planes(
     index = primitives.tile_index(bitmap, offsets)
     every = slice(0, sizes.frequencies)
     out = torch.empty(kept, 2, dtype=dtype, device=bitmap.device)
-    for t0, t1, first, last in plane_chunks(sizes, dtype.itemsize, workspace):
+    for t0, t1, first, last in plane_chunks(sizes, dtype, workspace):
         rows = rows_of(first, last, (t1 - t0) * sizes.tile)
         pattern = primitives.row_pattern(bitmap, offsets, every, t0, t1, index)
         primitives.gather_rows(rows, bitmap, offsets, every, t0, out, pattern)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from spectriton._backend import backend
 from spectriton._check import check_real_maps, fail
-from spectriton.ops._arguments import check_window, check_workspace
-from spectriton.ops._define import PACKED_FIELDS, define_op
-from spectriton.ops._planes import gather_maps, plane_slices, resolve_workspace, unpack_maps
-from spectriton.packed import PackedSpectrum, layout
+from spectriton.frequencies import frequency_grid
+from spectriton.ops._arguments import check_rule, check_window, check_workspace
+from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
+from spectriton.ops._planes import (
+    fake_packed,
+    gather_maps,
+    pack_planes,
+    plane_slices,
+    resolve_workspace,
+    rows_of_maps,
+    tiles_at_a_time,
+    unpack_maps,
+)
+from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
 
 # Argmax positions are int64 on their way to a code; this many of them at a time stay in the cache.
 _CHUNK = 1 << 16
@@ -258,6 +270,157 @@ def _packed_max_autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 _packed_max_pool2d.register_autograd(_packed_max_autograd, setup_context=_packed_max_setup)
 
 
+# -- from packed maps to the packed maps of the maxima --------------------------------------------------------------
+
+
+@define_op(
+    f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, SymInt[] kernel, SymInt[] stride, float threshold, "
+    f"float density, str value_dtype, int workspace) -> {PACKED_RESULT[:-1]}, Tensor)"
+)
+def _repacked_max_pool2d(
+    edge: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    shape: list[int],
+    kernel: list[int],
+    stride: list[int],
+    threshold: float,
+    density: float,
+    value_dtype: str,
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    """:func:`_packed_max_pool2d` and the packed spectrum of its result, without that result."""
+    size = _output_size(shape[2:], kernel, stride)
+    sizes, pooled = layout(shape), layout([*shape[:2], *size])
+    outputs = size[0] * size[1]
+    codes = torch.empty(_code_bytes(sizes.row, outputs, kernel), dtype=torch.uint8, device=values.device)
+    half = resolve_workspace(workspace, values.device) // 2  # one half for the maps, one for what becomes of them
+    maps_of = _map_reader(values, scales, bitmap, offsets, sizes, True, edge.dtype)
+    step = tiles_at_a_time(sizes, edge.dtype, half)
+
+    def maxima(first: int, last: int) -> Tensor:
+        # Smaller maps have tiles of as many planes or more: these are whole tiles of the large ones, too.
+        y = edge.new_empty(last - first, *size)
+        for t0 in range(first // sizes.tile, -(-last // sizes.tile), step):
+            start, stop = t0 * sizes.tile, min((t0 + step) * sizes.tile, last)
+            maps = maps_of(t0, min(t0 + step, -(-last // sizes.tile)))
+            y[start - first : stop - first], code = _maxima(maps, kernel, stride)
+            at = _code_bytes(start, outputs, kernel)  # tiles of planes hold whole bytes of codes
+            codes[at : at + code.numel()] = code
+        return y
+
+    transform = rows_of_maps(maxima, pooled, edge.dtype, values.device)
+    packed = pack_planes(transform, pooled, threshold, density, value_dtype, edge.dtype, values.device, half)
+    return (*packed, codes)
+
+
+@_repacked_max_pool2d.register_fake
+def _(
+    edge: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    shape: list[int],
+    kernel: list[int],
+    stride: list[int],
+    threshold: float,
+    density: float,
+    value_dtype: str,
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    size = _output_size(shape[2:], kernel, stride)
+    codes = bitmap.new_empty(_code_bytes(shape[0] * shape[1], size[0] * size[1], kernel))
+    return (*fake_packed(values, edge.dtype, [*shape[:2], *size], value_dtype), codes)
+
+
+@define_op(
+    "(Tensor grad, Tensor pooled_bitmap, Tensor pooled_offsets, Tensor codes, Tensor bitmap, Tensor offsets, "
+    "SymInt kept, SymInt[] shape, SymInt[] kernel, SymInt[] stride, int workspace) -> Tensor"
+)
+def _repacked_max_pool2d_backward(
+    grad: Tensor,
+    pooled_bitmap: Tensor,
+    pooled_offsets: Tensor,
+    codes: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    kept: int,
+    shape: list[int],
+    kernel: list[int],
+    stride: list[int],
+    workspace: int,
+) -> Tensor:
+    size = _output_size(shape[2:], kernel, stride)
+    pooled, outputs = layout([*shape[:2], *size]), size[0] * size[1]
+    packed = (grad.contiguous(), grad.new_empty(0), pooled_bitmap, pooled_offsets)
+    # A tile of small maps serves several chunks of large ones: the last one read is kept.
+    grads_of = lru_cache(maxsize=1)(_map_reader(*packed, pooled, False, grad.dtype))
+
+    def planes(first: int, last: int) -> Tensor:
+        code = codes[_code_bytes(first, outputs, kernel) : _code_bytes(last, outputs, kernel)]
+        t0 = first // pooled.tile
+        grads = grads_of(t0, -(-last // pooled.tile))[first - t0 * pooled.tile : last - t0 * pooled.tile]
+        return _spread(grads, code, shape[2:], kernel, stride)
+
+    half = resolve_workspace(workspace, grad.device) // 2
+    return gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, half)
+
+
+@_repacked_max_pool2d_backward.register_fake
+def _(
+    grad: Tensor,
+    pooled_bitmap: Tensor,
+    pooled_offsets: Tensor,
+    codes: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    kept: int,
+    shape: list[int],
+    kernel: list[int],
+    stride: list[int],
+    workspace: int,
+) -> Tensor:
+    return grad.new_empty(kept, 2)
+
+
+def _map_reader(
+    values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, sizes: Layout, weighted: bool, dtype: torch.dtype
+) -> Callable[[int, int], Tensor]:
+    """Gives the maps ``(n, H, W)`` of the tiles ``t0:t1`` of planes of a packed spectrum."""
+    primitives = backend(values.device)
+    grid = frequency_grid(sizes.height, sizes.width, values.device)
+    index = primitives.tile_index(bitmap, offsets)
+
+    def maps_of(t0: int, t1: int) -> Tensor:
+        planes = min(t1 * sizes.tile, sizes.row) - t0 * sizes.tile
+        maps = torch.empty(planes, sizes.height, sizes.width, dtype=dtype, device=values.device)
+        primitives.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, maps, index)
+        return maps
+
+    return maps_of
+
+
+def _repacked_max_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    edge, _, _, bitmap, offsets, ctx.shape, ctx.kernel, ctx.stride, *_, ctx.workspace = inputs
+    ctx.kept = edge.shape[0]
+    ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
+    ctx.set_materialize_grads(False)  # no zeros of the size of the values
+    ctx.save_for_backward(output[3], output[4], output[5], bitmap, offsets)
+
+
+def _repacked_max_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 12
+    arguments = (*ctx.saved_tensors, ctx.kept, ctx.shape, ctx.kernel, ctx.stride, ctx.workspace)
+    return _repacked_max_pool2d_backward(grad, *arguments), *(None,) * 11
+
+
+_repacked_max_pool2d.register_autograd(_repacked_max_autograd, setup_context=_repacked_max_setup)
+
+
 @define_op("(Tensor x, SymInt[] kernel, SymInt[] stride) -> Tensor")
 def _avg_pool2d(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
     return functional.avg_pool2d(x, kernel, stride)
@@ -304,37 +467,57 @@ def max_pool2d(
     kernel_size: int | tuple[int, int] = 2,
     stride: int | tuple[int, int] | None = None,
     *,
+    threshold: float | None = None,
+    density: float | None = None,
+    value_dtype: torch.dtype | str | None = None,
     workspace: int | None = None,
-) -> Tensor:
+) -> Tensor | PackedSpectrum:
     """Maximum of windows, as ``torch.nn.functional.max_pool2d`` without padding.
 
     Backward keeps where the maximum stood in its window, 2 bits for 2x2 and 4 bits for 3x3 and 4x4, instead of the
     maps and their int64 indices. Of a packed spectrum the maps are made and pooled a chunk at a time, so they never
-    exist as a whole, neither forward nor backward.
+    exist as a whole, neither forward nor backward; with a thresholding rule, neither do the maps of the maxima.
 
     Args:
         x: ``(B, C, H, W)`` real maps, or their packed spectrum.
         kernel_size: window, at most 256 positions.
         stride: step, by default the window.
+        threshold, density: give one of them to have the packed spectrum of the maxima instead of their maps; ``x`` is
+            packed too then. See :func:`pack`.
+        value_dtype: format of the kept values, by default that of ``x``.
         workspace: bound on temporaries in bytes, for a packed spectrum.
 
     Returns:
-        ``(B, C, (H - k) // s + 1, (W - k) // s + 1)`` real maps.
+        ``(B, C, (H - k) // s + 1, (W - k) // s + 1)`` real maps, or their packed spectrum.
 
     Raises:
-        TypeError, ValueError: ``x`` is neither real maps nor packed, or the window does not fit.
+        TypeError, ValueError: ``x`` is neither real maps nor packed, the window does not fit, or a rule is given for
+            maps.
     """
     op = "max_pool2d"
+    repack = threshold is not None or density is not None
     if not isinstance(x, PackedSpectrum):
         check_real_maps(op, "x", x)
+        if repack:
+            fail(
+                op,
+                "x",
+                x,
+                "a PackedSpectrum where a threshold or density is given",
+                "use ops.to_spectral on the result",
+            )
     kernel, steps = _check_pool(op, x.shape[2:], kernel_size, stride)
     if kernel[0] * kernel[1] > 256:
         fail(op, "kernel_size", tuple(kernel), "a window of at most 256 positions", "use a smaller window")
     bound = check_workspace(op, workspace)
-    if isinstance(x, PackedSpectrum):
-        fields = (x.edge, x.values, x.scales, x.bitmap, x.offsets)
-        return _packed_max_pool2d(*fields, list(x.shape), kernel, steps, bound)[0]
-    return _max_pool2d(x, kernel, steps)[0]
+    if not isinstance(x, PackedSpectrum):
+        return _max_pool2d(x, kernel, steps)[0]
+    maps = (x.edge, x.values, x.scales, x.bitmap, x.offsets, list(x.shape), kernel, steps)
+    if not repack:
+        return _packed_max_pool2d(*maps, bound)[0]
+    name = x.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, x.edge.dtype)
+    *fields, _ = _repacked_max_pool2d(*maps, *check_rule(op, threshold, density), name, bound)
+    return PackedSpectrum.of(fields, (*x.shape[:2], *_output_size(list(x.shape[2:]), kernel, steps)), name)
 
 
 def avg_pool2d(

@@ -35,6 +35,7 @@ from spectriton.ops._planes import (
     resolve_workspace,
     row_chunks,
 )
+from spectriton.ops.spectral_batch_norm import remake
 from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
 from spectriton.reference import RowPattern, TileIndex
 
@@ -240,6 +241,8 @@ def _mixed(walk: _Walk, bias: Tensor | None, rows: int) -> Iterator[tuple[slice,
         yield part, y
 
 
+#: Tensors of the origin of a packed spectrum, see :class:`spectriton.packed.Origin`.
+_ORIGIN = 7
 _INPUTS = "Tensor[] edges, Tensor[] values, Tensor[] scales, Tensor[] bitmaps, Tensor[] offsets"
 _CONVOLUTION = (
     "SymInt[] shape, SymInt[] channels, SymInt[] stride, SymInt[] dilation, int groups, str kind, int workspace"
@@ -248,7 +251,8 @@ _CONVOLUTION = (
 
 @define_op(
     f"({_INPUTS}, Tensor weight, Tensor? bias, Tensor? activation_scale, {_CONVOLUTION}, float threshold, "
-    f"float density, str value_dtype, Tensor? threshold_scale) -> {PACKED_RESULT}"
+    f"float density, str value_dtype, Tensor? threshold_scale, Tensor[] origins, str[] origin_kinds, "
+    f"float[] origin_eps) -> {PACKED_RESULT}"
 )
 def _spec_block(
     edges: list[Tensor],
@@ -270,8 +274,15 @@ def _spec_block(
     density: float,
     value_dtype: str,
     threshold_scale: Tensor | None,
+    origins: list[Tensor],
+    origin_kinds: list[str],
+    origin_eps: list[float],
 ) -> Packed:
-    """``shape`` is ``[B, H, W]`` of the inputs, ``channels`` those of each."""
+    """``shape`` is ``[B, H, W]`` of the inputs, ``channels`` those of each.
+
+    Origins, :data:`_ORIGIN` tensors for each input, are for backward: they take the place of the values of an input
+    whose kind is not empty. Empty ones stand for those that are not there: a list of tensors may not hold None.
+    """
     dtype = edges[0].dtype
     settings = _Settings(shape, channels, stride, (dilation[0], dilation[1]), groups, workspace)
     walk = _Walk(settings, weight, (values, scales, bitmaps, offsets), dtype)
@@ -313,6 +324,9 @@ def _(
     density: float,
     value_dtype: str,
     threshold_scale: Tensor | None,
+    origins: list[Tensor],
+    origin_kinds: list[str],
+    origin_eps: list[float],
 ) -> Packed:
     size = (shape[0], weight.shape[0], shape[1] // stride[0], shape[2] // stride[1])
     return fake_packed(edges[0], edges[0].dtype, size, value_dtype)
@@ -420,25 +434,37 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
-    edges, *fields, weight, bias, activation_scale = inputs[:8]
+    _, values, scales, bitmaps, offsets, weight, bias, activation_scale = inputs[:8]
     ctx.convolution = inputs[8:15]
-    ctx.sources, ctx.bias_dtype = len(edges), None if bias is None else bias.dtype
+    *_, origins, ctx.origin_kinds, ctx.origin_eps = inputs
+    ctx.sources, ctx.bias_dtype = len(values), None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
     ctx.set_materialize_grads(False)  # no zeros of the size of the values
-    # The output is the next block's input: both save the same tensors, so one packed copy a block is held.
-    ctx.save_for_backward(*(t for field in fields for t in field), *output[1:], weight, activation_scale)
+    # The output is the next block's input: both save the same tensors, so one packed copy a block is held. Where a
+    # batch norm stands between them it has kept its own input, and that is it.
+    made = [kind != "" for kind in ctx.origin_kinds]
+    kept = ([None if again else t for t, again in zip(field, made, strict=True)] for field in (values, scales))
+    fields = [*kept, bitmaps, offsets]
+    ctx.save_for_backward(*(t for field in fields for t in field), *output[1:], weight, activation_scale, *origins)
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 19
+        return (None,) * 22
     saved, n = ctx.saved_tensors, ctx.sources
-    fields = [list(saved[first : first + n]) for first in range(0, 4 * n, n)]
-    *out_packed, weight, activation_scale = saved[4 * n :]
+    values, scales, bitmaps, offsets = (list(saved[first : first + n]) for first in range(0, 4 * n, n))
+    *out_packed, weight, activation_scale = saved[4 * n : 4 * n + 6]
+    origins = saved[4 * n + 6 :]
+    (batch, *size), channels, workspace = ctx.convolution[0], ctx.convolution[1], ctx.convolution[-1]
+    for i, (kind, eps) in enumerate(zip(ctx.origin_kinds, ctx.origin_eps, strict=True)):
+        if kind:
+            tensors, shape = origins[_ORIGIN * i : _ORIGIN * (i + 1)], [batch, channels[i], *size]
+            settings = (kind, eps, workspace)
+            values[i], scales[i] = remake(tensors, bitmaps[i], offsets[i], settings, shape, grad.dtype)
     need = ctx.needs_input_grad[0]
     need_inputs = list(need) if isinstance(need, (list, tuple)) else [bool(need)] * n
     grad_inputs, grad_weight, grad_bias, grad_scale = _spec_block_backward(
-        grad, *fields, *out_packed, weight, activation_scale, *ctx.convolution, need_inputs
+        grad, values, scales, bitmaps, offsets, *out_packed, weight, activation_scale, *ctx.convolution, need_inputs
     )
     return (
         [given if needed else None for given, needed in zip(grad_inputs, need_inputs, strict=True)],
@@ -447,6 +473,9 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
         None if activation_scale is None else grad_scale.to(activation_scale.dtype),
         *(None,) * 11,
+        [None] * len(origins),
+        None,
+        None,
     )
 
 
@@ -522,6 +551,7 @@ def spec_block(
             fail(op, argument, given, f"shape ({outputs},)", "pass one scale per output channel")
     level, fraction = check_rule(op, threshold, density)
     name = first.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, first.edge.dtype)
+    origins, none = [p.origin for p in inputs], first.values.new_empty(0)
     fields = _spec_block(
         *([getattr(p, field) for p in inputs] for field in ("edge", "values", "scales", "bitmap", "offsets")),
         weight,
@@ -538,5 +568,8 @@ def spec_block(
         fraction,
         name,
         threshold_scale,
+        [none if t is None else t for o in origins for t in ((None,) * _ORIGIN if o is None else o.tensors)],
+        ["" if origin is None else origin.settings[0] for origin in origins],
+        [0.0 if origin is None else origin.settings[1] for origin in origins],
     )
     return PackedSpectrum.of(fields, (batch, outputs, height // steps[0], width // steps[1]), name)

@@ -5,12 +5,16 @@ rest of its ortho spectrum over ``H W``. So the statistics of ``nn.BatchNorm2d``
 affine map is a factor per channel and a shift of the zero frequency. A packed spectrum keeps its pattern.
 
 Forward and backward walk over chunks of frequencies that fit a bounded workspace, twice each: once for the sums over
-the batch, once to apply them. Frequencies at which nothing is kept are skipped.
+the batch, once to apply them. Frequencies at which nothing is kept are skipped. An activation may follow in the same
+walk.
+
+Backward starts from the input, and so do the ops that read the output: they keep its :class:`Origin`, the arguments by
+which it is made again, rather than its values. Between a convolution and the next one copy of the maps is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +25,14 @@ from spectriton import reference
 from spectriton._backend import backend
 from spectriton._check import check_complex, fail
 from spectriton.frequencies import frequency_grid
-from spectriton.ops._arguments import check_half_spectrum, check_workspace
+from spectriton.ops._arguments import check_activation, check_half_spectrum, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, define_op
 from spectriton.ops._planes import resolve_workspace
 from spectriton.ops._rows import row_bytes, store_rows
-from spectriton.packed import PackedSpectrum, layout, make_edge
+from spectriton.ops.spectral_activation import spectral_activation
+from spectriton.packed import Origin, PackedSpectrum, layout, make_edge
 from spectriton.reference import RowPattern
+from spectriton.reference.spectral_activation import activate, activate_backward_input
 
 
 def _numbers(chunk: Tensor) -> Tensor:
@@ -42,14 +48,15 @@ class _Walk:
 
     def __init__(
         self, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype, kept: int, buffers: int,
-        workspace: int,
+        temporaries: int, workspace: int,
     ) -> None:  # fmt: skip
         self.bitmap, self.offsets, self.dtype = bitmap, offsets, dtype
         self.sizes = sizes = layout(shape)
         self.primitives = backend(bitmap.device)
         self.weight = frequency_grid(sizes.height, sizes.width, bitmap.device).weight.to(dtype)
         rows = torch.nonzero(bitmap.flatten(1).any(1)).flatten()
-        at_once = max(1, resolve_workspace(workspace, bitmap.device) // max(1, row_bytes(sizes, dtype, kept, buffers)))
+        bytes_per_row = max(1, row_bytes(sizes, dtype, kept, buffers + temporaries))
+        at_once = max(1, resolve_workspace(workspace, bitmap.device) // bytes_per_row)
         self.parts = rows.split(at_once) if rows.numel() else ()
         longest = self.parts[0].numel() if self.parts else 0
         self.buffers = torch.empty(buffers, longest, sizes.padded_row, 2, dtype=dtype, device=bitmap.device)
@@ -107,6 +114,31 @@ def _statistics(walk: _Walk, values: Tensor, scales: Tensor) -> tuple[Tensor, Te
     return zero_mean / walk.root, power / walk.count
 
 
+class _Affine:
+    """The affine map of a batch norm: coefficients less the mean, times ``gamma / sigma``, plus ``beta``."""
+
+    def __init__(
+        self, walk: _Walk, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    ) -> None:
+        self._walk = walk
+        self._mean = mean.double() * walk.root
+        self._factor = walk.per_number(_factor(weight, var, eps))
+        self._bias = None if bias is None else bias.to(walk.dtype) * walk.root
+
+    def centre(self, chunk: Tensor, first: bool) -> None:
+        """Takes the mean off, in place."""
+        if first:
+            self._walk.zero_frequency(chunk).sub_(self._mean)
+
+    def __call__(self, centred: Tensor, first: bool, out: Tensor | None = None) -> Tensor:
+        """The rest of the map, of a centred chunk ``(Fc, P, 2)``."""
+        out = torch.empty_like(centred) if out is None else out
+        torch.mul(_numbers(centred), self._factor, out=_numbers(out))
+        if first and self._bias is not None:
+            self._walk.zero_frequency(out).add_(self._bias)
+        return out
+
+
 def _factor(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
     """``gamma / sigma`` ``(C,)``, float64."""
     inverse = (var.double() + eps).rsqrt()
@@ -114,8 +146,9 @@ def _factor(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
 
 
 @define_op(
-    f"(Tensor edge, {PACKED_FIELDS}, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, SymInt[] shape, "
-    "float eps, int workspace) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor edge, {PACKED_FIELDS}, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
+    "Tensor? activation_scale, str kind, SymInt[] shape, float eps, int workspace) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _spectral_batch_norm(
     edge: Tensor,
@@ -127,28 +160,31 @@ def _spectral_batch_norm(
     bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
+    activation_scale: Tensor | None,
+    kind: str,
     shape: list[int],
     eps: float,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Edge, values and scales of the result, which has the input's pattern; then mean and biased variance ``(C,)``.
 
-    Where ``mean`` and ``var`` are given, they are taken; else those of the batch.
+    Where ``mean`` and ``var`` are given, they are taken; else those of the batch. Given those that were returned, the
+    result is the same to the bit.
     """
-    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 1, workspace)
+    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 1, 0 if kind == "identity" else 2, workspace)
     if mean is None or var is None:
         mean, var = _statistics(walk, values, scales)
-    factor = walk.per_number(_factor(weight, var, eps))
+    mean, var = mean.to(edge.dtype, copy=True), var.to(edge.dtype, copy=True)
+    affine = _Affine(walk, weight, bias, mean, var, eps)
+    scale = None if activation_scale is None else walk.per_number(activation_scale)
     out_values, out_scales = torch.empty_like(values), torch.zeros_like(scales)
     for first, rows, pattern in walk:
         y = walk.read(values, scales, rows, pattern)
-        if first:
-            walk.zero_frequency(y).sub_(mean * walk.root)
-        _numbers(y).mul_(factor)
-        if first and bias is not None:
-            walk.zero_frequency(y).add_(bias * walk.root)
+        affine.centre(y, first)
+        affine(y, first, out=y)
+        if kind != "identity":
+            y = activate(_numbers(y), kind, scale).view_as(y)
         store_rows(y, bitmap, offsets, rows, out_values, out_scales, pattern)
-    mean, var = mean.to(edge.dtype, copy=True), var.to(edge.dtype, copy=True)
     return make_edge(values.shape[0], edge.dtype, edge.device), out_values, out_scales, mean, var
 
 
@@ -163,6 +199,8 @@ def _(
     bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
+    activation_scale: Tensor | None,
+    kind: str,
     shape: list[int],
     eps: float,
     workspace: int,
@@ -173,9 +211,9 @@ def _(
 
 
 @define_op(
-    "(Tensor grad, Tensor values, Tensor scales, Tensor bitmap, Tensor offsets, Tensor? weight, Tensor mean, "
-    "Tensor var, SymInt[] shape, bool batch_statistics, float eps, int workspace, bool need_input) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"(Tensor grad, {PACKED_FIELDS}, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor? activation_scale, str kind, SymInt[] shape, bool batch_statistics, float eps, int workspace, "
+    "bool need_input) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _spectral_batch_norm_backward(
     grad: Tensor,
@@ -184,50 +222,63 @@ def _spectral_batch_norm_backward(
     bitmap: Tensor,
     offsets: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    activation_scale: Tensor | None,
+    kind: str,
     shape: list[int],
     batch_statistics: bool,
     eps: float,
     workspace: int,
     need_input: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for the packed input (in its own pattern), weight and bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for the packed input (in its own pattern), weight, bias and scale of the activation.
 
-    With ``x`` the input less its mean, ``a = gamma / sigma``, ``n = B H W`` and ``w`` how many coefficients of the full
-    spectrum a stored one stands for, the gradient of a coefficient is ``a g - a w x sum(<g, x>) / (n sigma^2)``, less
-    the mean of ``a g`` over the batch at the zero frequency. The last two terms are those of the batch's statistics.
+    With ``x`` the input less its mean, ``g`` the gradient before the activation, ``a = gamma / sigma``, ``n = B H W``
+    and ``w`` how many coefficients of the full spectrum a stored one stands for, the gradient of a coefficient is
+    ``a g - a w x sum(<g, x>) / (n sigma^2)``, less the mean of ``a g`` over the batch at the zero frequency. The last
+    two terms are those of the batch's statistics.
     """
-    walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], 2, workspace)
+    active = kind != "identity"
+    walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], 2, 5 if active else 0, workspace)
     grad, no_scales = grad.contiguous(), grad.new_empty(0)
-    zero_mean = mean.double() * walk.root
+    affine = _Affine(walk, weight, bias, mean, var, eps)
+    scale = None if activation_scale is None else walk.per_number(activation_scale)
     inner = torch.zeros_like(mean, dtype=torch.float64)  # sum of <g, x> per channel
-    grad_zero = torch.zeros_like(inner)
+    grad_zero, grad_scale = torch.zeros_like(inner), torch.zeros_like(inner)
+    grad_input = grad.new_zeros(values.shape[0] if need_input else 0, 2)
     for first, rows, pattern in walk:
         x, g = walk.read(values, scales, rows, pattern), walk.read(grad, no_scales, rows, pattern, 1)
+        affine.centre(x, first)
+        if active:
+            of_input, of_scale = activate_backward_input(_numbers(g), _numbers(affine(x, first)), kind, scale)
+            _numbers(g).copy_(of_input)
+            if of_scale is not None:
+                grad_scale += walk.per_channel(of_scale.sum(0))
+            if need_input:  # where the second walk finds it
+                walk.primitives.gather_rows(g, bitmap, offsets, rows, 0, grad_input, pattern)
         if first:
-            walk.zero_frequency(x).sub_(zero_mean)
             grad_zero = walk.zero_frequency(g).sum(0, dtype=torch.float64)
         inner += walk.per_channel(_numbers(x.mul_(g)).sum(0))
     grad_weight, grad_bias = inner * _factor(None, var, eps), grad_zero * walk.root
 
-    grad_input = grad.new_zeros(values.shape[0] if need_input else 0, 2)
     if need_input:
         factor = _factor(weight, var, eps)
         gain, pull = walk.per_number(factor), walk.per_number(factor / (var + eps) * inner / walk.count)
         zero_pull = factor * grad_zero / max(1, walk.sizes.batch)
         for first, rows, pattern in walk:
-            g = walk.read(grad, no_scales, rows, pattern, 1)
+            g = walk.read(grad_input if active else grad, no_scales, rows, pattern, 1)
             _numbers(g).mul_(gain)
             if batch_statistics:
                 x = walk.read(values, scales, rows, pattern)
+                affine.centre(x, first)
                 if first:
-                    walk.zero_frequency(x).sub_(zero_mean)
                     walk.zero_frequency(g).sub_(zero_pull)
                 x *= walk.weight[rows, None, None]
                 _numbers(g).addcmul_(_numbers(x), pull, value=-1)
             walk.primitives.gather_rows(g, bitmap, offsets, rows, 0, grad_input, pattern)
-    return grad_input, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype)
+    return grad_input, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype), grad_scale.to(grad.dtype)
 
 
 @_spectral_batch_norm_backward.register_fake
@@ -238,52 +289,83 @@ def _(
     bitmap: Tensor,
     offsets: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    activation_scale: Tensor | None,
+    kind: str,
     shape: list[int],
     batch_statistics: bool,
     eps: float,
     workspace: int,
     need_input: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels = mean.shape[0]
-    return (
-        grad.new_empty(values.shape[0] if need_input else 0, 2),
-        grad.new_empty(channels),
-        grad.new_empty(channels),
-    )
+    grad_input = grad.new_empty(values.shape[0] if need_input else 0, 2)
+    return grad_input, grad.new_empty(channels), grad.new_empty(channels), grad.new_empty(channels)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, values, scales, bitmap, offsets, weight, bias, mean, _, shape, eps, workspace = inputs
-    ctx.shape, ctx.eps, ctx.workspace = shape, eps, workspace
-    ctx.batch_statistics, ctx.bias_dtype = mean is None, None if bias is None else bias.dtype
+    _, values, scales, bitmap, offsets, weight, bias, mean, _, activation_scale, ctx.kind, *ctx.sizes = inputs
+    ctx.batch_statistics = mean is None
     ctx.mark_non_differentiable(*output[1:])  # gradients travel along the edge
     ctx.set_materialize_grads(False)  # no zeros of the size of the values
     # The input rather than the output, from which it could not be had back where a weight is zero. It is what the op
     # that made it has kept as well, so with a block before and a block behind nothing is held for this op alone.
-    ctx.save_for_backward(values, scales, bitmap, offsets, weight, *output[3:])
+    ctx.save_for_backward(values, scales, bitmap, offsets, weight, bias, *output[3:], activation_scale)
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 14
     need_input = ctx.needs_input_grad[0]
     saved = ctx.saved_tensors  # once: checkpointing hands them out a single time
-    weight = saved[4]
-    grad_input, grad_weight, grad_bias = _spectral_batch_norm_backward(
-        grad, *saved, ctx.shape, ctx.batch_statistics, ctx.eps, ctx.workspace, need_input
+    shape, eps, workspace = ctx.sizes
+    grad_input, *of_parameters = _spectral_batch_norm_backward(
+        grad, *saved, ctx.kind, shape, ctx.batch_statistics, eps, workspace, need_input
+    )
+    parameters = (saved[4], saved[5], saved[8])
+    grad_weight, grad_bias, grad_scale = (
+        None if parameter is None else gradient.to(parameter.dtype)
+        for parameter, gradient in zip(parameters, of_parameters, strict=True)
     )
     return (
         grad_input if need_input else None,
         *(None,) * 4,
-        None if weight is None else grad_weight.to(weight.dtype),
-        None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
-        *(None,) * 5,
+        grad_weight,
+        grad_bias,
+        None,
+        None,
+        grad_scale,
+        *(None,) * 4,
     )
 
 
 _spectral_batch_norm.register_autograd(_autograd, setup_context=_setup)
+
+
+def remake(
+    tensors: Sequence[Tensor],
+    bitmap: Tensor,
+    offsets: Tensor,
+    settings: tuple[str, float, int],
+    shape: list[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Values and scales of a packed spectrum once more, from its :class:`~spectriton.packed.Origin`.
+
+    Args:
+        tensors, settings: of the origin; an empty tensor for None.
+        bitmap, offsets: the pattern.
+        shape: ``[B, C, H, W]`` of the maps.
+        dtype: real precision of the computation.
+    """
+    values, scales, *others = tensors
+    kind, eps, workspace = settings
+    edge = make_edge(values.shape[0], dtype, values.device)
+    parameters = (t if t.numel() else None for t in others)
+    made = _spectral_batch_norm(edge, values, scales, bitmap, offsets, *parameters, kind, shape, eps, workspace)
+    return made[1], made[2]
 
 
 def spectral_batch_norm(
@@ -296,13 +378,16 @@ def spectral_batch_norm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     *,
+    activation: str = "identity",
+    activation_scale: Tensor | None = None,
     size: tuple[int, int] | None = None,
     workspace: int | None = None,
 ) -> tuple[PackedSpectrum | Tensor, Tensor | None, Tensor | None]:
     """Batch norm of the maps behind a spectrum, as ``torch.nn.functional.batch_norm`` computes it of the maps.
 
     Exact: of the zero frequency and, by Parseval's theorem, of the energy of the others. Backward of a packed spectrum
-    keeps the packed input and two numbers a channel.
+    keeps the packed input and two numbers a channel, with or without an activation; a block that takes the result keeps
+    the same and makes the result again when it needs it.
 
     Args:
         x: packed maps ``(B, C, H, W)``, or dense ortho half spectra ``(B, C, H, W // 2 + 1)`` as of
@@ -313,6 +398,7 @@ def spectral_batch_norm(
         training: normalise by the statistics of this batch.
         momentum: share of this batch in the new running statistics; a tensor of one element, too.
         eps: added to the variance.
+        activation, activation_scale: an activation that follows, as of :func:`spectral_activation`.
         size: ``(H, W)`` of the maps behind half spectra, by default ``(H, 2 (Wh - 1))``.
         workspace: bound on temporaries in bytes, for packed spectra.
 
@@ -339,6 +425,7 @@ def spectral_batch_norm(
         ("bias", bias),
         ("running_mean", running_mean),
         ("running_var", running_var),
+        ("activation_scale", activation_scale),
     ):
         if given is not None and tuple(given.shape) != (channels,):
             fail(op, name, given, f"shape ({channels},)", "match the channels of this layer to those of its input")
@@ -354,16 +441,23 @@ def spectral_batch_norm(
     if training and count == 1:
         fail(op, "x", f"maps {shape}", "more than one value per channel in training", "use a larger batch, or eval()")
 
+    check_activation(op, activation)
     used = (None, None) if training else (running_mean, running_var)
     out: PackedSpectrum | Tensor
     if isinstance(x, PackedSpectrum):
         fields = (x.edge, x.values, x.scales, x.bitmap, x.offsets)
+        bound = check_workspace(op, workspace)
         edge, values, scales, mean, var = _spectral_batch_norm(
-            *fields, weight, bias, *used, list(shape), eps, check_workspace(op, workspace)
+            *fields, weight, bias, *used, activation_scale, activation, list(shape), eps, bound
         )
         out = PackedSpectrum(edge, values, scales, x.bitmap, x.offsets, x.shape, x.value_dtype)
+        if edge.requires_grad:
+            parameters = (None if t is None else t.detach() for t in (weight, bias, mean, var, activation_scale))
+            out.origin = Origin((x.values, x.scales, *parameters), (activation, eps, bound))
     else:
         out, mean, var = reference.spectral_batch_norm(x, (height, width), weight, bias, *used, eps)
+        if activation != "identity":
+            out = spectral_activation(out, activation, activation_scale)
     if training and running_mean is not None and running_var is not None and count:
         unbiased = var.detach() * (count / (count - 1))
         running_mean = (1 - momentum) * running_mean + momentum * mean.detach().to(running_mean.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,12 @@ def _fast_size(size: int) -> int:
     return size
 
 
-def _grid(x: Tensor, weight: Tensor, padding_mode: str) -> FrequencyGrid:
+def _grid(x: Tensor, weight: Tensor, dilation: Sequence[int], padding_mode: str) -> FrequencyGrid:
     """Frequencies of the transform: of the maps, or with room for the zeros that taps reach beyond them."""
     height, width = x.shape[2:]
     if padding_mode == "zeros":
-        height, width = _fast_size(height + weight.shape[2] // 2), _fast_size(width + weight.shape[3] // 2)
+        reach = [(d * (k - 1) + 1) // 2 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+        height, width = _fast_size(height + reach[0]), _fast_size(width + reach[1])
     return frequency_grid(height, width, x.device)
 
 
@@ -64,13 +65,13 @@ def _maps(rows: Tensor, grid: FrequencyGrid, size: tuple[int, int]) -> Tensor:
 
 
 def _chunks(
-    mixing: Mixing, x: Tensor, grid: FrequencyGrid, dtype: torch.dtype, workspace: int
+    mixing: Mixing, x: Tensor, grid: FrequencyGrid, dilation: Sequence[int], dtype: torch.dtype, workspace: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yields ``(rows, basis, mixing weights)``: no whole kernel spectrum is ever held."""
     outputs, inputs, height, width = mixing.shape
     bytes_per_row = 8 * dtype.itemsize * outputs * inputs
     for rows in row_chunks(grid.count, bytes_per_row, resolve_workspace(workspace, x.device)):
-        basis = tap_basis(grid, (height, width), rows, dtype)
+        basis = tap_basis(grid, (height, width), rows, dtype, (dilation[0], dilation[1]))
         yield rows, basis, mixing.weights(basis)
 
 
@@ -79,24 +80,26 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 @define_op(
-    "(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, str padding_mode, int groups, int workspace) -> Tensor"
+    "(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] dilation, str padding_mode, int groups, "
+    "int workspace) -> Tensor"
 )
 def _spectral_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     stride: list[int],
+    dilation: list[int],
     padding_mode: str,
     groups: int,
     workspace: int,
 ) -> Tensor:
     batch, _, height, width = x.shape
     dtype = _precision(x)
-    grid = _grid(x, weight, padding_mode)
+    grid = _grid(x, weight, dilation, padding_mode)
     spectrum = _rows(x, grid, dtype)
     mixed = spectrum.new_empty(grid.count, batch, weight.shape[0], 2)
     mixing = backend(x.device).mixing(weight.to(dtype), groups)
-    for rows, _, weights in _chunks(mixing, x, grid, dtype, workspace):
+    for rows, _, weights in _chunks(mixing, x, grid, dilation, dtype, workspace):
         mixing.mix(spectrum[rows], weights, mixed[rows])
     del spectrum
     y = _maps(mixed, grid, (height, width))[:, :, :: stride[0], :: stride[1]]
@@ -111,6 +114,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     stride: list[int],
+    dilation: list[int],
     padding_mode: str,
     groups: int,
     workspace: int,
@@ -120,14 +124,15 @@ def _(
 
 
 @define_op(
-    "(Tensor grad, Tensor x, Tensor weight, SymInt[] stride, str padding_mode, int groups, int workspace, "
-    "bool need_input) -> (Tensor, Tensor)"
+    "(Tensor grad, Tensor x, Tensor weight, SymInt[] stride, SymInt[] dilation, str padding_mode, int groups, "
+    "int workspace, bool need_input) -> (Tensor, Tensor)"
 )
 def _spectral_conv2d_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
     stride: list[int],
+    dilation: list[int],
     padding_mode: str,
     groups: int,
     workspace: int,
@@ -136,7 +141,7 @@ def _spectral_conv2d_backward(
     """Gradients for the maps and the taps. The spectrum of the maps is made again rather than kept."""
     height, width = x.shape[2:]
     dtype = _precision(x)
-    grid = _grid(x, weight, padding_mode)
+    grid = _grid(x, weight, dilation, padding_mode)
     full = grad
     if tuple(stride) != (1, 1):
         full = grad.new_zeros(*grad.shape[:2], height, width)
@@ -144,7 +149,7 @@ def _spectral_conv2d_backward(
     grad_rows = _rows(full, grid, dtype)
     spectrum = _rows(x, grid, dtype)
     mixing = backend(x.device).mixing(weight.to(dtype), groups)
-    for rows, basis, weights in _chunks(mixing, x, grid, dtype, workspace):
+    for rows, basis, weights in _chunks(mixing, x, grid, dilation, dtype, workspace):
         # By Parseval a stored frequency counts as often as the full spectrum holds it.
         weighted = grad_rows[rows] * grid.weight[rows].to(dtype)[:, None, None, None]
         mixing.add_grad_taps(spectrum[rows], weighted, basis)
@@ -160,6 +165,7 @@ def _(
     x: Tensor,
     weight: Tensor,
     stride: list[int],
+    dilation: list[int],
     padding_mode: str,
     groups: int,
     workspace: int,
@@ -169,7 +175,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.stride, ctx.padding_mode, ctx.groups, ctx.workspace = inputs
+    x, weight, bias, ctx.stride, ctx.dilation, ctx.padding_mode, ctx.groups, ctx.workspace = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight)
 
@@ -180,13 +186,13 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_input = grad_weight = None
     if need_input or need_weight:
         grad_input, grad_weight = _spectral_conv2d_backward(
-            grad, x, weight, ctx.stride, ctx.padding_mode, ctx.groups, ctx.workspace, need_input
+            grad, x, weight, ctx.stride, ctx.dilation, ctx.padding_mode, ctx.groups, ctx.workspace, need_input
         )
     return (
         grad_input if need_input else None,
         grad_weight if need_weight else None,
         grad.sum((0, 2, 3)).to(ctx.bias_dtype) if need_bias else None,
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 
@@ -201,12 +207,14 @@ def spectral_conv2d(
     padding_mode: str = "circular",
     groups: int = 1,
     *,
+    dilation: int | tuple[int, int] = 1,
     workspace: int | None = None,
 ) -> Tensor:
     """Convolution of maps through the Fourier domain; ``nn.Conv2d(padding="same")`` by another road.
 
     Equals ``nn.Conv2d(padding="same", padding_mode=padding_mode)``, its output taken at every ``stride``-th position;
-    for odd kernels that is ``nn.Conv2d(padding=k // 2, stride=stride)``. Backward keeps ``x`` and ``weight`` only.
+    for odd kernels that is ``nn.Conv2d(padding=dilation * (k // 2), stride=stride)``. Backward
+    keeps ``x`` and ``weight`` only.
 
     Args:
         x: ``(B, I, H, W)`` real maps.
@@ -214,7 +222,7 @@ def spectral_conv2d(
         bias: ``(O,)``, or None.
         stride: one number, or one for each dimension.
         padding_mode: ``"circular"``, or ``"zeros"`` (padded before the transform, cropped after).
-        groups: as for ``nn.Conv2d``.
+        groups, dilation: as for ``nn.Conv2d``.
         workspace: bound on the kernel spectrum held at a time, in bytes.
 
     Returns:
@@ -227,8 +235,10 @@ def spectral_conv2d(
     check_real_maps(op, "x", x)
     check_convolution(op, x.shape[1], weight, bias, groups)
     check_padding_mode(op, padding_mode)
-    if padding_mode == "circular" and (weight.shape[2] > x.shape[2] or weight.shape[3] > x.shape[3]):
+    steps, spread = check_stride(op, stride), check_stride(op, dilation, "dilation")
+    extent = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], spread, strict=True)]
+    if padding_mode == "circular" and (extent[0] > x.shape[2] or extent[1] > x.shape[3]):
         expected = f"a kernel no larger than the {x.shape[2]}x{x.shape[3]} maps it wraps around"
         fail(op, "weight", weight, expected, "use padding_mode='zeros' or a smaller kernel")
-    steps = list(check_stride(op, stride))
-    return _spectral_conv2d(x, weight, bias, steps, padding_mode, groups, check_workspace(op, workspace))
+    bound = check_workspace(op, workspace)
+    return _spectral_conv2d(x, weight, bias, list(steps), list(spread), padding_mode, groups, bound)

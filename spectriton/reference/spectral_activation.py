@@ -57,6 +57,21 @@ def activate_backward(grad: Tensor, output: Tensor, kind: str, scale: Tensor | N
     return grad * rule.derivative(q), grad * (q - rule.v_derivative(q))
 
 
+def activate_backward_input(
+    grad: Tensor, parts: Tensor, kind: str, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`activate_backward` from the input, which says more where the output is saturated."""
+    if kind == "identity":
+        return grad.clone(), None if scale is None else torch.zeros_like(grad)
+    v = parts if scale is None else parts / scale
+    rule = ACTIVATIONS[kind]
+    q = rule.forward(v)
+    slope = rule.derivative(q)
+    # Where the slope is zero, v may be infinite.
+    terms = None if scale is None else grad * (q - torch.where(slope == 0, 0, v * slope))
+    return grad * slope, terms
+
+
 def _per_channel(scale: Tensor | None, ndim: int) -> Tensor | None:
     return None if scale is None else scale.view(-1, *(1,) * (ndim - 1))
 

@@ -143,16 +143,24 @@ def test_ctrl_c_stops_at_a_step_and_the_same_command_goes_on(
     assert "goes on after 0.667 epochs" in capsys.readouterr().err
 
 
-def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPECTRITON_BACKEND", "reference")
+    monkeypatch.setenv("SPECTRITON_TUNING_DIR", str(tmp_path / "absent"))
     monkeypatch.setenv("SPECTRITON_WORKSPACE_MIB", "12")
     assert run("env", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found == environment.collect()
     assert found["torch"] == torch.__version__ and found["backend"] == "reference" and found["workspace_mib"] == "12"
-    assert {"python", "triton", "numpy", "spectriton", "gpu", "threads", "platform"} <= set(found)
+    assert {"python", "triton", "numpy", "spectriton", "gpu", "driver", "threads", "platform"} <= set(found)
+    assert found["workspace_bytes"] == 12 << 20
+    (tmp_path / "some-gpu.json").write_text("{}")
+    monkeypatch.setenv("SPECTRITON_TUNING_DIR", str(tmp_path))
+    assert environment.collect()["tuning"]["files"] == [
+        {"origin": "user", "name": "some-gpu.json", "entries": 0, "problem": "schema got None, expected 1"}
+    ]
     assert run("env") == 0
-    assert torch.__version__ in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed and "some-gpu.json (user): schema got None" in printed
     monkeypatch.setenv("SPECTRITON_BACKEND", "tritn")
     assert run("env") == 2
     assert "SPECTRITON_BACKEND" in capsys.readouterr().err
@@ -161,7 +169,7 @@ def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("compare", "train", "env"))
+    assert all(name in printed for name in ("compare", "train", "tune", "env"))
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])

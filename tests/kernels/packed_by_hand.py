@@ -77,8 +77,12 @@ def grid_by_hand(height: int, width: int, device: torch.device, seed: int = 0) -
     def index(positions: list[tuple[int, int]]) -> torch.Tensor:
         return torch.tensor([ky * half + kx for ky, kx in positions], dtype=torch.int64, device=device)
 
+    source = [
+        row[ky, kx] if (ky, kx) in row else -1 - row[height - ky, kx] for ky in range(height) for kx in range(half)
+    ]
     return SimpleNamespace(
         index=index(stored),
         mirror_index=index(mirrored),
         mirror_row=torch.tensor([row[height - ky, kx] for ky, kx in mirrored], dtype=torch.int64, device=device),
+        source=torch.tensor(source, dtype=torch.int32, device=device),
     )

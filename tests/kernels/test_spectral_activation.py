@@ -78,7 +78,7 @@ def test_shapes_without_scale(shape, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (3, 1, 7), (2, 5), (2, 2, 40, 13)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (3, 1, 7), (2, 5), (2, 2, 40, 13), (2, 5003, 1), (2, 2, 2100)])
 def test_scale(shape, kind, dtype, device):
     x = random(*shape, dtype=dtype, device=device)
     scale = scale_for(shape[1], dtype.to_real(), device)

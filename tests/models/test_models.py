@@ -152,7 +152,7 @@ def test_convolutions_of_the_twin_equal_the_original():
     )
     x = torch.randn(2, 6, 14, 14)
     expected = spatial.conv2(x)
-    got = spectral.conv2_crop(spectral.conv2_to_spatial(spectral.conv2(spectral.conv2_to_spectral(x))))
+    got = spectral.conv2_crop(spectral.conv2_to_spatial(spectral.conv2(snn.ToSpectral()(x))))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
@@ -162,13 +162,17 @@ def test_paper_keeps_to_the_paper():
     found = [m for m in network.modules() if isinstance(m, snn.SpecBlock)]
     assert [b.activation for b in found] == ["tanh", "tanh"]
     assert all(b.activation_scale is None and b.value_dtype is None and b.threshold == 0.7 for b in found)
-    entries = [m.threshold for m in network.modules() if isinstance(m, snn.ToSpectral)]
-    assert entries == [0.7, 0.7]
+    entries = [m.threshold for m in network.modules() if isinstance(m, (snn.ToSpectral, snn.MaxPool2d))]
+    assert entries == [0.7, 0.7, None]  # the last pool gives maps to the fully connected layers
 
 
 def test_images_are_kept_whole_by_default():
     network = models.build("lenet", "spectral", 10, 1, 28, threshold=0.7)
-    assert [m.threshold for m in network.modules() if isinstance(m, snn.ToSpectral)] == [0.0, 0.7]
+    assert [m.threshold for m in network.modules() if isinstance(m, (snn.ToSpectral, snn.MaxPool2d))] == [
+        0.0,
+        0.7,
+        None,
+    ]
 
 
 def test_twin_saves_less():

@@ -48,6 +48,14 @@ def test_spectral_conv2d_shares_state_with_conv2d(padding_mode: str, groups: int
     torch.testing.assert_close(twin(x), conv(x), rtol=0, atol=1e-10)
 
 
+def test_twins_of_dilated_convolutions():
+    conv = nn.Conv2d(3, 6, 3, padding=2, dilation=2, padding_mode="circular").double()
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    torch.testing.assert_close(snn.SpectralConv2d.from_conv2d(conv)(x), conv(x), rtol=0, atol=1e-10)
+    block = snn.SpecBlock.from_conv2d(conv, threshold=0.0, activation="identity")
+    torch.testing.assert_close(ops.to_spatial(block(snn.ToSpectral()(x))), conv(x), rtol=0, atol=1e-10)
+
+
 def test_initial_values_are_those_of_conv2d():
     made = []
     for layer in (nn.Conv2d, snn.SpectralConv2d, snn.SpecBlock):
@@ -184,7 +192,8 @@ BAD = [
     (lambda: snn.SpectralConv2d(3, 4, 3, stride=0), ValueError, "stride got 0"),
     (lambda: snn.SpectralConv2d.from_conv2d(nn.Linear(3, 4)), TypeError, "expected an nn.Conv2d"),
     (lambda: snn.SpectralConv2d.from_conv2d(nn.Conv2d(3, 4, 3)), ValueError, "padding got"),
-    (lambda: snn.SpectralConv2d.from_conv2d(nn.Conv2d(3, 4, 3, padding=2, dilation=2)), ValueError, "dilation"),
+    (lambda: snn.SpectralConv2d.from_conv2d(nn.Conv2d(3, 4, 3, padding=1, dilation=2)), ValueError, "padding"),
+    (lambda: snn.SpectralConv2d(3, 4, 3, dilation=0), ValueError, "dilation"),
     (lambda: snn.SpecBlock(3, 4, 3, stride=0), ValueError, "stride got 0"),
     (lambda: snn.SpecBlock(3, 4, 3)(torch.zeros(1, 3, 4, 4)), TypeError, "ToSpectral"),
     (lambda: snn.SpecBlock(3, 4, 3)(ops.to_spectral(torch.zeros(1, 2, 4, 4), threshold=0)), ValueError, "2 channels"),

@@ -169,3 +169,22 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(other[2].running_var, model[2].running_var)
     assert other[2].num_batches_tracked == 1
+
+
+def test_blocks_with_norm_keep_one_packed_copy_each():
+    """What the convolution gave, and of the norm and the activation behind it a few numbers a channel."""
+    torch.manual_seed(0)
+    packed = snn.ToSpectral(threshold=0.5)(torch.randn(16, 8, 16, 16))
+    blocks = [snn.SpecBlock(8, 8, 3, threshold=0.5, norm=True, activation_scale=3.0) for _ in range(3)]
+    saved: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        made = [packed]
+        for block in blocks:
+            made.append(block(made[-1]))
+    parameters = {p.data_ptr() for block in blocks for p in block.parameters()}
+    total = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in parameters)
+    numbers = len(blocks) * 2 * 8 * 4  # mean and variance
+    assert total <= sum(p.nbytes for p in made) + numbers
+    assert not {p.values.data_ptr() for p in made[1:]} & set(saved)  # beside it lies what these are made from

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from spectriton import ops
+from spectriton import memory, ops
 
 CASES = [
     ((8, 8), 2, None),
@@ -118,3 +118,55 @@ def test_maximum_of_packed_maps_as_an_op():
     torch.library.opcheck(torch.ops.spectriton.packed_max_pool2d.default, arguments)
     with pytest.raises(ValueError, match="at most the 5x6 maps"):
         ops.max_pool2d(packed, 7)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), CASES)
+@pytest.mark.parametrize(("batch", "workspace"), [(0, None), (1, None), (5, 1)])
+def test_maximum_packed_again(
+    backend: str, size: tuple[int, int], kernel: int, stride: int | None, batch: int, workspace: int | None
+):
+    """Equal to pooling the maps and packing the result, gradients too, whatever the workspace."""
+    packed = ops.to_spectral(torch.randn(batch, 7, *size, dtype=torch.float64), threshold=0.7).requires_grad_()
+    got = ops.max_pool2d(packed, kernel, stride, threshold=0.4, workspace=workspace)
+    expected = ops.to_spectral(F.max_pool2d(ops.to_spatial(packed), kernel, stride), threshold=0.4)
+    assert got.shape == expected.shape
+    assert torch.equal(got.bitmap, expected.bitmap)
+    torch.testing.assert_close(got.to_dense(), expected.to_dense())
+    grad = torch.randn_like(expected.to_dense())
+    torch.testing.assert_close(*(torch.autograd.grad(y.to_dense(), packed.edge, grad) for y in (got, expected)))
+
+
+@pytest.mark.parametrize("value_dtype", [None, "float32", "int8"])
+def test_maximum_packed_again_by_density(value_dtype: str | None):
+    packed = ops.to_spectral(torch.randn(6, 16, 12, 12), threshold=0.5, value_dtype=torch.float16)
+    got = ops.max_pool2d(packed, density=0.25, value_dtype=value_dtype)
+    expected = ops.to_spectral(
+        F.max_pool2d(ops.to_spatial(packed), 2), density=0.25, value_dtype=value_dtype or torch.float16
+    )
+    assert got.value_dtype == expected.value_dtype
+    assert torch.equal(got.bitmap, expected.bitmap)
+    torch.testing.assert_close(got.to_dense(), expected.to_dense(), rtol=1e-3, atol=1e-4)
+
+
+def test_maximum_packed_again_holds_nothing_dense():
+    """Codes and the two patterns are saved, and no tensor is larger than the workspace."""
+    bound, saved = 4 << 20, []
+    packed = ops.to_spectral(torch.randn(128, 32, 32, 32), density=0.1).requires_grad_()
+    with memory.track("cpu") as usage:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            pooled = ops.max_pool2d(packed, density=0.1, workspace=bound)
+        torch.autograd.grad(pooled.edge, packed.edge, torch.ones(pooled.edge.shape))
+    patterns = sum(t.nbytes for x in (packed, pooled) for t in (x.bitmap, x.offsets))
+    assert sum(t.untyped_storage().nbytes() for t in saved) == patterns + 128 * 32 * 16 * 16 * 2 // 8
+    ends = sum(x.nbytes + 8 * x.kept for x in (packed, pooled))  # and their gradients
+    assert usage.peak_bytes < ends + 2 * bound
+    assert 2 * bound <= packed.shape.numel() * 4 // 2  # half of the maps
+
+
+def test_maximum_packed_again_as_an_op():
+    packed = ops.to_spectral(torch.randn(2, 3, 5, 6, dtype=torch.float64), threshold=0.5)
+    fields = (packed.values, packed.scales, packed.bitmap, packed.offsets)
+    arguments = (packed.edge.clone().requires_grad_(), *fields, [2, 3, 5, 6], [2, 2], [2, 2], 0.3, -1.0, "float64", 0)
+    torch.library.opcheck(torch.ops.spectriton.repacked_max_pool2d.default, arguments)
+    with pytest.raises(ValueError, match="use ops.to_spectral on the result"):
+        ops.max_pool2d(torch.zeros(1, 1, 4, 4), threshold=0.5)

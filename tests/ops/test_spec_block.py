@@ -168,7 +168,7 @@ def test_opcheck():
     convolution = ([2, 5, 6], [3], [1, 1], [1, 1], 1, "tanh", 0)
     torch.library.opcheck(
         torch.ops.spectriton.spec_block.default,
-        (*fields, weight, bias, scale, *convolution, 0.5, -1.0, "float64", None),
+        (*fields, weight, bias, scale, *convolution, 0.5, -1.0, "float64", None, [], [""], [0.0]),
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from spectriton import PackedSpectrum, ops
+from spectriton.ops.spectral_batch_norm import remake
 from tests import oracles
 from tests.ops.test_workspace import allocations
 
@@ -131,13 +132,55 @@ def test_gradcheck(backend: str, device: torch.device, training: bool):
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["tanh", "softsign", "asinh", "atan"])
+def test_with_an_activation(backend: str, device: torch.device, training: bool, kind: str):
+    """As one after the other, and so the gradients, scale included; what a block keeps of it can be made again."""
+    x, (weight, bias, mean, var) = maps((2, 3, 4, 5), device), parameters(3, device)
+    scale = (torch.rand(3, dtype=DOUBLE, device=device) + 0.5).requires_grad_()
+    packed = ops.to_spectral(x, threshold=1.0)
+    settings = (weight, bias, mean, var, training)
+    got = ops.spectral_batch_norm(packed, *settings, activation=kind, activation_scale=scale, workspace=256)[0]
+    expected = ops.spectral_activation(ops.spectral_batch_norm(packed, *settings)[0], kind, scale)
+    torch.testing.assert_close(got.values, expected.values, rtol=0, atol=1e-12)
+    assert got.origin is not None and expected.origin is None
+    taps = torch.randn(2, 3, 3, 3, dtype=DOUBLE, device=device, requires_grad=True)
+    blocks = [ops.spec_block(p, taps, threshold=0.3) for p in (got, expected)]
+    grad = torch.randn_like(blocks[0].edge)
+    gradients = (torch.autograd.grad(p.edge, (x, weight, bias, scale, taps), grad, retain_graph=True) for p in blocks)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+    dense = torch.fft.rfft2(x.detach(), norm="ortho")
+    got, expected = (
+        ops.spectral_batch_norm(dense, *settings, size=(4, 5), **options)[0]
+        for options in ({"activation": kind, "activation_scale": scale}, {})
+    )
+    torch.testing.assert_close(got, ops.spectral_activation(expected, kind, scale))
+
+
+@pytest.mark.parametrize("value_dtype", ["float32", "float16", "int8", "int4"])
+def test_is_made_again_to_the_bit(value_dtype: str):
+    x, (weight, bias, _, _) = maps((3, 4, 8, 8), torch.device("cpu")).float(), parameters(4, torch.device("cpu"))
+    packed = ops.to_spectral(x, threshold=0.5, value_dtype=value_dtype)
+    settings = {"training": True, "activation": "tanh", "activation_scale": torch.full((4,), 3.0)}
+    made = ops.spectral_batch_norm(packed, weight, bias, **settings)[0]
+    assert made.origin is not None
+    tensors = [x.new_empty(0) if t is None else t for t in made.origin.tensors]
+    again = remake(tensors, made.bitmap, made.offsets, made.origin.settings, list(made.shape), torch.float32)
+    assert torch.equal(again[0], made.values) and torch.equal(again[1], made.scales)
+    with torch.no_grad():
+        assert ops.spectral_batch_norm(packed, weight, bias, **settings)[0].origin is None
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_opcheck(training: bool):
     packed = ops.to_spectral(maps((2, 3, 5, 6), torch.device("cpu")).detach(), threshold=2.0).requires_grad_()
     weight, bias, mean, var = parameters(3, packed.device)
     fields = (packed.edge, packed.values, packed.scales, packed.bitmap, packed.offsets)
-    used = (None, None) if training else (mean, var)
+    used, scale = (None, None) if training else (mean, var), torch.ones(3, dtype=DOUBLE, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.spectriton.spectral_batch_norm.default, (*fields, weight, bias, *used, [2, 3, 5, 6], 1e-5, 0)
+        torch.ops.spectriton.spectral_batch_norm.default,
+        (*fields, weight, bias, *used, scale, "tanh", [2, 3, 5, 6], 1e-5, 0),
     )
 
 
@@ -195,7 +238,7 @@ def test_saves_one_packed_copy_and_two_numbers_a_channel():
             ops.spectral_batch_norm(packed, weight, bias, mean, var, training)
         own = [t for t in (packed.values, packed.bitmap, packed.offsets, packed.scales) if t.numel()]
         assert {t.untyped_storage().data_ptr() for t in own} <= set(saved)
-        total = sum(t.untyped_storage().nbytes() for t in saved.values() if t is not weight)
+        total = sum(t.untyped_storage().nbytes() for t in saved.values() if t is not weight and t is not bias)
         assert total == packed.nbytes + 2 * 8 * 4
 
 

@@ -42,6 +42,25 @@ def test_strided_odd_kernels_equal_the_module(padding_mode: str):
     torch.testing.assert_close(got, conv(x), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("kernel", "dilation"), [((3, 3), 2), ((5, 3), (1, 3)), ((2, 4), (3, 2)), ((3, 2), (3, 1))])
+@pytest.mark.parametrize("size", [(11, 12), (13, 11)])
+@pytest.mark.parametrize("padding_mode", ["circular", "zeros"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_dilation(
+    kernel: tuple[int, int], dilation: int | tuple[int, int], size: tuple[int, int], padding_mode: str, groups: int
+):
+    conv = torch.nn.Conv2d(4, 8, kernel, padding="same", dilation=dilation, padding_mode=padding_mode, groups=groups)
+    conv = conv.double()
+    x = torch.randn(2, 4, *size, dtype=DOUBLE, requires_grad=True)
+    got = ops.spectral_conv2d(x, conv.weight, conv.bias, 1, padding_mode, groups, dilation=dilation)
+    expected = conv(x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    grad = torch.randn_like(got)
+    inputs = (x, *conv.parameters())
+    for a, b in zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 def test_kernel_larger_than_the_maps_with_zeros():
     x, weight = torch.randn(1, 2, 3, 4, dtype=DOUBLE), torch.randn(3, 2, 7, 9, dtype=DOUBLE)
     got = ops.spectral_conv2d(x, weight, padding_mode="zeros")
@@ -90,7 +109,9 @@ def test_gradcheck_and_opcheck():
     weight = torch.randn(2, 2, 3, 3, dtype=DOUBLE, requires_grad=True)
     bias = torch.randn(2, dtype=DOUBLE, requires_grad=True)
     assert gradcheck(lambda *t: ops.spectral_conv2d(*t, stride=2, padding_mode="zeros"), (x, weight, bias))
-    torch.library.opcheck(torch.ops.spectriton.spectral_conv2d.default, (x, weight, bias, [1, 2], "circular", 1, 0))
+    torch.library.opcheck(
+        torch.ops.spectriton.spectral_conv2d.default, (x, weight, bias, [1, 2], [1, 1], "circular", 1, 0)
+    )
 
 
 @pytest.mark.parametrize("padding_mode", ["circular", "zeros"])
