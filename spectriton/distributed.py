@@ -34,7 +34,7 @@ def joined() -> Iterator[None]:
     Tensors on the CPU are exchanged by gloo, those on CUDA devices by NCCL; the current CUDA device becomes that of the
     local rank. Nothing happens where there is one process only, or a group already.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _has_group():
         yield
         return
     if torch.cuda.is_available():
