@@ -23,6 +23,7 @@ LAYER_OF = {
     "_backend": "backend",
     "tuning": "backend",
     "_mixing": "backend",
+    "codec": "ops",
     "ops": "ops",
     "nn": "nn",
     "models": "models",

@@ -73,8 +73,9 @@ class Dense:
 class Pool:
     """Maximum ("max") or mean ("avg") of windows; the step is the window where it is left out.
 
-    The mean of packed maps stays in the spectrum: its low frequencies are kept, which is the sharpest low-pass filter
-    there is before down-sampling.
+    The twin takes the maximum of packed maps where the original takes the mean. Convolution, norm and activation of
+    spectra work on each frequency by itself, and so does a mean; only what is done in space lets frequencies meet, and
+    a network without it is a function of each of them alone.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class GlobalAvgPool:
-    """Mean of each map: ``(B, C, H, W)`` to ``(B, C)``."""
+    """Mean of each map: ``(B, C, H, W)`` to ``(B, C)``; in the twin the maximum, see :class:`Pool`."""
 
     name: str = "pool"
 
@@ -300,15 +301,11 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
                 )
             )
         elif isinstance(layer, Pool):
-            if packed and layer.kind == "avg" and layer.stride in (None, layer.kernel_size) and not layer.padding:
-                modules[layer.name] = snn.SpectralPool2d(layer.kernel_size, workspace=options.workspace)
-                continue
-            if layer.padding or layer.kind == "avg":
-                leave(layer.name)
             if layer.padding:
+                leave(layer.name)
                 fill = -inf if layer.kind == "max" else 0.0
                 modules[f"{layer.name}_pad"] = nn.ConstantPad2d(layer.padding, fill)
-            if layer.kind == "max":
+            if layer.kind == "max" or packed:
                 stays = packed and isinstance(following, (Conv, Dense))
                 modules[layer.name] = snn.MaxPool2d(
                     layer.kernel_size,
@@ -323,7 +320,7 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
                 packed = False
         elif isinstance(layer, GlobalAvgPool):
             enter(layer.name)
-            modules[layer.name] = snn.GlobalAvgPool()
+            modules[layer.name] = snn.GlobalMaxPool(options.workspace)
             packed = False
         elif not isinstance(layer, NormActivation):
             leave(layer.name)

@@ -5,7 +5,8 @@ the concatenation of all maps before it anew and keeps a copy of it for backward
 the order convolution, norm, activation: a 1x1 block on the list of packed maps, a 3x3 block on its result. Each map is
 normed once, where it is made, and stored once. The norms are therefore other ones: the twin norms the outputs of
 the 3x3 convolutions, of the transitions and of the stem, the original the inputs of the 1x1 convolutions, of the
-transitions and of the pooling at the end.
+transitions and of the pooling at the end. Where the original pools by the mean the twin pools by the maximum: that is
+where frequencies meet.
 
 DenseNet-121 and 169 take images of 64 pixels and more through the published stem: 7x7 with stride 2, and maximum
 pooling. Smaller ones get the stem of the networks for CIFAR: 3x3 with stride 1, no pooling.

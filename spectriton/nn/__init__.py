@@ -3,7 +3,7 @@
 from spectriton.nn.activation import SpectralActivation
 from spectriton.nn.block import SpecBlock
 from spectriton.nn.conv import SpectralConv2d
-from spectriton.nn.global_pool import GlobalAvgPool
+from spectriton.nn.global_pool import GlobalAvgPool, GlobalMaxPool
 from spectriton.nn.norm import SpectralBatchNorm2d
 from spectriton.nn.pool import AvgPool2d, MaxPool2d
 from spectriton.nn.spectral_pool import SpectralPool2d
@@ -12,6 +12,7 @@ from spectriton.nn.transform import ToSpatial, ToSpectral
 __all__ = [
     "AvgPool2d",
     "GlobalAvgPool",
+    "GlobalMaxPool",
     "MaxPool2d",
     "SpecBlock",
     "SpectralActivation",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectriton._check import check_choice, check_rank, check_threshold, describe, fail
 from spectriton.packed import PackedSpectrum
-from spectriton.reference import ACTIVATIONS
+from spectriton.reference import ACTIVATIONS, ROUNDINGS, make_seed, seed_of
 
 PADDING_MODES = ("circular", "zeros")
 
@@ -43,6 +44,34 @@ def check_workspace(op: str, workspace: int | None) -> int:
     if workspace <= 0:
         fail(op, "workspace", workspace, "a positive number of bytes", "pass an int such as 4 << 20")
     return workspace
+
+
+def check_seed(op: str, seed: int | Tensor | None) -> None:
+    """Check a seed.
+
+    Raises:
+        TypeError: not None, an int, or an int64 tensor without dimensions.
+    """
+    if seed is None or (isinstance(seed, int) and not isinstance(seed, bool)):
+        return
+    if not (isinstance(seed, Tensor) and seed.dim() == 0 and seed.dtype == torch.int64):
+        fail(op, "seed", seed, "an int or an int64 tensor without dimensions", "pass 0", TypeError)
+
+
+def check_rounding(op: str, rounding: str, seed: int | Tensor | None, data: Tensor) -> Tensor | None:
+    """The seed of stochastic rounding, made from one line of each map of ``data`` where left out; None for nearest.
+
+    Raises:
+        TypeError, ValueError: no such rounding, or no such seed.
+    """
+    check_choice(op, "rounding", rounding, ROUNDINGS)
+    check_seed(op, seed)
+    if rounding == "nearest":
+        return None
+    if seed is not None:
+        return make_seed(seed, data.device)
+    line = data.detach()[:, :, data.shape[2] // 2]
+    return seed_of(torch.view_as_real(line.resolve_conj()) if line.is_complex() else line)
 
 
 def check_packed(op: str, name: str, packed: Any) -> PackedSpectrum:

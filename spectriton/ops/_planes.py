@@ -17,7 +17,7 @@ from spectriton import reference
 from spectriton._backend import backend, workspace_bytes
 from spectriton.frequencies import frequency_grid
 from spectriton.packed import QUANTISED, VALUE_DTYPES, Layout, layout, make_edge
-from spectriton.reference.pattern import slots, tile_counts
+from spectriton.reference.pattern import from_bits, slots, tile_counts
 from spectriton.reference.unpack import take_values
 
 # Moduli are counted by the leading bits of their float32 pattern: bins of 0.2 % of the modulus.
@@ -58,11 +58,15 @@ class Packer:
         value_dtype: name of the value format.
         dtype: real precision of the coefficients.
         device: where.
+        seed: of stochastic rounding, 0-dimensional int64; to nearest where left out.
     """
 
-    def __init__(self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device, seed: Tensor | None = None
+    ) -> None:
         self.sizes = sizes
         self.dtype = dtype
+        self.seed = seed
         self.value_dtype = VALUE_DTYPES[value_dtype]
         self.bitmap = torch.zeros(sizes.bitmap_shape, dtype=torch.uint8, device=device)
         shape = (sizes.frequencies, sizes.tiles)
@@ -83,11 +87,21 @@ class Packer:
         sizes = self.sizes
         kept = reference.compact_rows(y, sizes.row, threshold, rows, t0, self.bitmap, kind, scale, sizes.channels)
         tiles = slice(t0, t0 + y.shape[1] // sizes.tile)
+        noise = None if self.seed is None else self._noise(self.seed, rows, tiles)
         if self.scales.numel():
             counts = tile_counts(self.bitmap[rows, tiles])
-            kept, self.scales[rows, tiles] = reference.quantise(kept, counts, self.value_dtype)
+            kept, self.scales[rows, tiles] = reference.quantise(kept, counts, self.value_dtype, noise)
+        elif noise is not None and self.value_dtype.itemsize < kept.dtype.itemsize:
+            kept = reference.stochastic_cast(kept, self.value_dtype, noise)
         self._pieces.append(kept.to(self.value_dtype))
         self._tiles.append(tiles)
+
+    def _noise(self, seed: Tensor, rows: slice, tiles: slice) -> Tensor:
+        """``(n, 2)`` noise of the kept coefficients of a chunk, by their places in the spectrum."""
+        mask = from_bits(self.bitmap[rows, tiles].contiguous()).flatten(1)
+        row, place = torch.nonzero(mask, as_tuple=True)
+        positions = (row + rows.start) * self.sizes.padded_row + (place + tiles.start * self.sizes.tile)
+        return reference.uniform(seed, torch.stack([2 * positions, 2 * positions + 1], dim=1))
 
     def finish(self) -> Packed:
         """The packed tensors; the values stand in row order."""
@@ -181,10 +195,13 @@ class KernelPacker(Packer):
         return Packed(edge, values, self.scales, self.bitmap, self._offsets)
 
 
-def packer(sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device) -> Packer:
-    """The :class:`Packer` for a device and a value format; the kernels do not write integers."""
-    kernels = backend(device).name == "triton" and value_dtype not in QUANTISED
-    return (KernelPacker if kernels else Packer)(sizes, value_dtype, dtype, device)
+def packer(
+    sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device, seed: Tensor | None = None
+) -> Packer:
+    """The :class:`Packer` for a device and a value format; the kernels neither write integers nor round at random."""
+    if backend(device).name == "triton" and value_dtype not in QUANTISED and seed is None:
+        return KernelPacker(sizes, value_dtype, dtype, device)
+    return Packer(sizes, value_dtype, dtype, device, seed)
 
 
 def check_kept(kept: int) -> None:
@@ -261,10 +278,12 @@ def pack_planes(
     dtype: torch.dtype,
     device: torch.device,
     workspace: int,
+    seed: Tensor | None = None,
 ) -> Packed:
     """Pack the spectra that ``rows_of`` gives.
 
-    ``density`` of zero or more overrides the threshold by the one that keeps this fraction.
+    ``density`` of zero or more overrides the threshold by the one that keeps this fraction. With a ``seed`` values are
+    rounded stochastically.
     """
     chunks = list(plane_chunks(sizes, dtype, workspace))
     if density >= 0:
@@ -272,7 +291,7 @@ def pack_planes(
         for t0, t1, first, last in chunks:
             histogram.add(rows_of(first, last, (t1 - t0) * sizes.tile)[1:, : last - first])
         threshold = histogram.threshold(keep_from_density(density, sizes))
-    making = packer(sizes, value_dtype, dtype, device)
+    making = packer(sizes, value_dtype, dtype, device, seed)
     for t0, t1, first, last in chunks:
         rows = rows_of(first, last, (t1 - t0) * sizes.tile)
         making.append(rows, slice(0, sizes.frequencies), threshold, t0=t0)

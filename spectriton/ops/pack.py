@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectriton._check import check_complex, check_rank, check_real_maps, fail
 from spectriton.frequencies import frequency_grid
-from spectriton.ops._arguments import check_packed, check_rule, check_workspace
+from spectriton.ops._arguments import check_packed, check_rounding, check_rule, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
     Packed,
@@ -36,11 +36,19 @@ def _precision(tensor: Tensor) -> torch.dtype:
 
 
 @define_op(
-    f"(Tensor spectrum, int height, int width, float threshold, float density, str value_dtype, int workspace) "
+    f"(Tensor spectrum, int height, int width, float threshold, float density, str value_dtype, int workspace, "
+    f"Tensor? seed) "
     f"-> {PACKED_RESULT}"
 )
 def _pack(
-    spectrum: Tensor, height: int, width: int, threshold: float, density: float, value_dtype: str, workspace: int
+    spectrum: Tensor,
+    height: int,
+    width: int,
+    threshold: float,
+    density: float,
+    value_dtype: str,
+    workspace: int,
+    seed: Tensor | None,
 ) -> Packed:
     dtype = _precision(spectrum)
     return pack_planes(
@@ -52,12 +60,20 @@ def _pack(
         dtype,
         spectrum.device,
         resolve_workspace(workspace, spectrum.device),
+        seed,
     )
 
 
 @_pack.register_fake
 def _(
-    spectrum: Tensor, height: int, width: int, threshold: float, density: float, value_dtype: str, workspace: int
+    spectrum: Tensor,
+    height: int,
+    width: int,
+    threshold: float,
+    density: float,
+    value_dtype: str,
+    workspace: int,
+    seed: Tensor | None,
 ) -> Packed:
     return fake_packed(spectrum, _precision(spectrum), [*spectrum.shape[:2], height, width], value_dtype)
 
@@ -84,7 +100,7 @@ def _(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace
 
 
 def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
-    spectrum, height, width, _, _, _, workspace = inputs
+    spectrum, height, width, _, _, _, workspace, _ = inputs
     ctx.shape, ctx.workspace, ctx.dtype = [*spectrum.shape[:2], height, width], workspace, spectrum.dtype
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
     ctx.set_materialize_grads(False)  # no zeros of the size of the values
@@ -93,10 +109,10 @@ def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
 
 def _pack_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     bitmap, offsets = ctx.saved_tensors
     grad_spectrum = _pack_backward(grad, bitmap, offsets, ctx.shape, ctx.workspace)
-    return grad_spectrum.to(ctx.dtype), None, None, None, None, None, None
+    return grad_spectrum.to(ctx.dtype), None, None, None, None, None, None, None
 
 
 _pack.register_autograd(_pack_autograd, setup_context=_pack_setup)
@@ -155,8 +171,12 @@ _unpack.register_autograd(_unpack_autograd, setup_context=_unpack_setup)
 # -- maps <-> packed ------------------------------------------------------------------------------------------------
 
 
-@define_op(f"(Tensor x, float threshold, float density, str value_dtype, int workspace) -> {PACKED_RESULT}")
-def _to_spectral(x: Tensor, threshold: float, density: float, value_dtype: str, workspace: int) -> Packed:
+@define_op(
+    f"(Tensor x, float threshold, float density, str value_dtype, int workspace, Tensor? seed) -> {PACKED_RESULT}"
+)
+def _to_spectral(
+    x: Tensor, threshold: float, density: float, value_dtype: str, workspace: int, seed: Tensor | None
+) -> Packed:
     dtype, sizes = _precision(x), layout(x.shape)
     return pack_planes(
         rows_of_maps(plane_slices(x), sizes, dtype, x.device),
@@ -167,11 +187,12 @@ def _to_spectral(x: Tensor, threshold: float, density: float, value_dtype: str, 
         dtype,
         x.device,
         resolve_workspace(workspace, x.device),
+        seed,
     )
 
 
 @_to_spectral.register_fake
-def _(x: Tensor, threshold: float, density: float, value_dtype: str, workspace: int) -> Packed:
+def _(x: Tensor, threshold: float, density: float, value_dtype: str, workspace: int, seed: Tensor | None) -> Packed:
     return fake_packed(x, _precision(x), x.shape, value_dtype)
 
 
@@ -187,7 +208,7 @@ def _(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace
 
 
 def _to_spectral_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
-    x, _, _, _, workspace = inputs
+    x, _, _, _, workspace, _ = inputs
     ctx.shape, ctx.workspace, ctx.dtype = list(x.shape), workspace, x.dtype
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
     ctx.set_materialize_grads(False)  # no zeros of the size of the values
@@ -196,9 +217,9 @@ def _to_spectral_setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> Non
 
 def _to_spectral_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 5
+        return (None,) * 6
     grad_x = _to_spectral_backward(grad, *ctx.saved_tensors, ctx.shape, ctx.workspace)
-    return grad_x.to(ctx.dtype), None, None, None, None
+    return grad_x.to(ctx.dtype), None, None, None, None, None
 
 
 _to_spectral.register_autograd(_to_spectral_autograd, setup_context=_to_spectral_setup)
@@ -272,6 +293,8 @@ def pack(
     threshold: float | None = None,
     density: float | None = None,
     value_dtype: torch.dtype | str | None = None,
+    rounding: str = "nearest",
+    seed: int | Tensor | None = None,
     workspace: int | None = None,
 ) -> PackedSpectrum:
     """Keep the large coefficients of half spectra, packed.
@@ -285,6 +308,9 @@ def pack(
         density: instead of a threshold, the fraction of the independent coefficients to keep (the largest ones).
         value_dtype: format of the kept values: ``torch.float32``, ``float16``, ``bfloat16``, ``float64``, ``int8`` or
             ``"int4"``; by default the precision of the spectrum. Integers get one scale a tile.
+        rounding: of values to their format: ``"nearest"``, or ``"stochastic"``, which has no bias. No random generator
+            is touched: the noise is a function of the seed and the place of a coefficient.
+        seed: of stochastic rounding, an int or an int64 tensor without dimensions; by default made from the data.
         workspace: bound on temporaries in bytes.
 
     Returns:
@@ -309,7 +335,8 @@ def pack(
         )
     level, fraction = check_rule("pack", threshold, density)
     name = value_dtype_name("pack", value_dtype, _precision(spectrum))
-    fields = _pack(spectrum, height, width, level, fraction, name, check_workspace("pack", workspace))
+    noise = check_rounding("pack", rounding, seed, spectrum)
+    fields = _pack(spectrum, height, width, level, fraction, name, check_workspace("pack", workspace), noise)
     return PackedSpectrum.of(fields, (*spectrum.shape[:2], height, width), name)
 
 
@@ -324,13 +351,15 @@ def to_spectral(
     threshold: float | None = None,
     density: float | None = None,
     value_dtype: torch.dtype | str | None = None,
+    rounding: str = "nearest",
+    seed: int | Tensor | None = None,
     workspace: int | None = None,
 ) -> PackedSpectrum:
     """Transform maps ``(B, C, H, W)`` and pack their spectra, without ever holding all of the dense spectrum.
 
     Args:
         x: real floating-point maps. Half precision is transformed in float32.
-        threshold, density, value_dtype, workspace: as for :func:`pack`.
+        threshold, density, value_dtype, rounding, seed, workspace: as for :func:`pack`.
 
     Raises:
         TypeError, ValueError: ``x`` is not four-dimensional and real, or the rule or format is wrong.
@@ -338,7 +367,8 @@ def to_spectral(
     check_real_maps("to_spectral", "x", x)
     level, fraction = check_rule("to_spectral", threshold, density)
     name = value_dtype_name("to_spectral", value_dtype, _precision(x))
-    fields = _to_spectral(x, level, fraction, name, check_workspace("to_spectral", workspace))
+    noise = check_rounding("to_spectral", rounding, seed, x)
+    fields = _to_spectral(x, level, fraction, name, check_workspace("to_spectral", workspace), noise)
     return PackedSpectrum.of(fields, x.shape, name)
 
 

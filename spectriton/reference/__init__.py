@@ -5,6 +5,7 @@ at moduli. The same code runs on a GPU with torch alone.
 """
 
 from spectriton.reference.channel_mix import channel_mix
+from spectriton.reference.codes import pack_codes, unpack_codes
 from spectriton.reference.complex_product import complex_product
 from spectriton.reference.kernel_spectrum import (
     complex_kernel_spectrum,
@@ -16,6 +17,7 @@ from spectriton.reference.kernel_spectrum import (
 )
 from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise
 from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_index
+from spectriton.reference.rounding import ROUNDINGS, make_seed, seed_of, stochastic_cast, uniform
 from spectriton.reference.spectral_activation import (
     ACTIVATIONS,
     spectral_activation,
@@ -29,6 +31,7 @@ from spectriton.reference.unpack import unpack_planes, unpack_rows
 
 __all__ = [
     "ACTIVATIONS",
+    "ROUNDINGS",
     "RowPattern",
     "TileIndex",
     "channel_mix",
@@ -39,22 +42,28 @@ __all__ = [
     "gather_rows",
     "kernel_spectrum",
     "kernel_spectrum_adjoint",
+    "make_seed",
     "maps_of_half",
     "modulus",
+    "pack_codes",
     "pack_rows",
     "quantise",
     "row_pattern",
     "rows_of_half",
     "rows_of_maps",
+    "seed_of",
     "spectral_activation",
     "spectral_activation_backward",
     "spectral_batch_norm",
     "spectral_pool2d",
     "spread_rows",
+    "stochastic_cast",
     "store_rows",
     "taps_matrix",
     "taps_of_matrix",
     "tile_index",
+    "uniform",
+    "unpack_codes",
     "unpack_planes",
     "unpack_rows",
 ]

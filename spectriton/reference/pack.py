@@ -131,11 +131,12 @@ def pack_rows(
         values[first : int(cursor)] = kept
 
 
-def quantise(kept: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantise(kept: Tensor, counts: Tensor, dtype: torch.dtype, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Kept coefficients ``(n, 2)`` as integers, and the scale of each tile, in the shape of ``counts``.
 
     Int8 values run from -127 to 127, 4-bit values (held in uint8, real part in the low nibble) from -7 to 7, rounded
-    to nearest. A tile with a NaN or an infinite value gets a NaN scale: what is not a number stays visible.
+    to nearest, or stochastically by ``noise`` ``(n, 2)``, uniform in [0, 1). A tile with a NaN or an infinite value has
+    a NaN scale: what is not a number stays visible.
     """
     levels = 127 if dtype == torch.int8 else 7
     tile_of = torch.repeat_interleave(torch.arange(counts.numel(), device=kept.device), counts.flatten())
@@ -145,7 +146,9 @@ def quantise(kept: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     peak[~peak.isfinite()] = torch.nan
     scale = (peak / levels).to(torch.float32)
     divisor = torch.where(scale > 0, scale, 1).to(kept.dtype)
-    levels_of = (kept / divisor[tile_of][:, None]).round_().nan_to_num_(0).clamp_(-levels, levels).to(torch.int8)
+    steps = kept / divisor[tile_of][:, None]
+    steps = steps.round_() if noise is None else steps.add_(noise).floor_()
+    levels_of = steps.nan_to_num_(0).clamp_(-levels, levels).to(torch.int8)
     if dtype == torch.uint8:
         nibbles = levels_of.view(torch.uint8) & 15
         levels_of = nibbles[:, 0] | (nibbles[:, 1] << 4)

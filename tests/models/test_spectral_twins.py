@@ -132,3 +132,14 @@ def test_learns(name: str):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["vgg16_bn", "densenet22"])
+def test_frequencies_meet(name: str):
+    """What a twin says of an image depends on more than its mean: something in it lets frequencies mix."""
+    torch.manual_seed(0)
+    network = models.build(name, "spectral", 10, 1, 32, width=0.25, threshold=0.0, value_dtype=None).eval()
+    flat = torch.full((1, 1, 32, 32), 0.3)
+    textured = flat + torch.randn(1, 1, 32, 32)
+    textured += 0.3 - textured.mean()
+    assert not torch.allclose(network(flat), network(textured), rtol=1e-3, atol=1e-4)

@@ -188,3 +188,17 @@ def test_blocks_with_norm_keep_one_packed_copy_each():
     numbers = len(blocks) * 2 * 8 * 4  # mean and variance
     assert total <= sum(p.nbytes for p in made) + numbers
     assert not {p.values.data_ptr() for p in made[1:]} & set(saved)  # beside it lies what these are made from
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (20, 17), (1, 3)])
+def test_global_maximum(size: tuple[int, int]):
+    """Of one packed spectrum and of several side by side; gradients too."""
+    parts = [ops.to_spectral(torch.randn(2, c, *size, dtype=DOUBLE), threshold=0.5).requires_grad_() for c in (3, 2)]
+    pool = snn.GlobalMaxPool()
+    got, expected = pool(parts), torch.cat([ops.to_spatial(part).amax((2, 3)) for part in parts], 1)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    edges = [part.edge for part in parts]
+    for a, b in zip(torch.autograd.grad(got, edges, grad), torch.autograd.grad(expected, edges, grad), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(pool(parts[0]), got[:, :3])

@@ -61,6 +61,52 @@ def test_gradients_ignore_rounding_of_values(value_dtype: str):
     torch.testing.assert_close(torch.autograd.grad(ops.to_spatial(rounded), x, grad)[0], plain)
 
 
+@pytest.mark.parametrize("value_dtype", ["float16", "bfloat16", "int8", "int4"])
+def test_stochastic_rounding(value_dtype: str):
+    x = torch.randn(2, 3, 6, 5)
+    state = torch.get_rng_state()
+
+    def dense(seed: int | torch.Tensor | None, workspace: int | None = None) -> torch.Tensor:
+        settings = {"threshold": 0.5, "value_dtype": value_dtype, "rounding": "stochastic", "seed": seed}
+        return torch.view_as_real(ops.to_spectral(x, **settings, workspace=workspace).to_dense())
+
+    assert torch.equal(dense(3), dense(torch.tensor(3)))
+    assert torch.equal(dense(None), dense(None))
+    assert not torch.equal(dense(3), dense(4))
+    # Noise belongs to the coefficient, however the maps are cut.
+    torch.testing.assert_close(dense(3), dense(3, workspace=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+    exact = torch.view_as_real(ops.to_spectral(x, threshold=0.5).to_dense())
+    errors = torch.stack([dense(seed) for seed in range(300)]).double() - exact.double()
+    weights = torch.randn(exact.numel(), 20, generator=torch.Generator().manual_seed(0)).double()
+    sums = errors.flatten(1) @ weights
+    # Means of sums over 300 seeds are normal: one of 20 exceeds 4.5 standard errors with a probability of 1e-4.
+    assert (sums.mean(0).abs() < 4.5 * sums.std(0) / 300**0.5).all()
+    # One of the two neighbours is taken, so the error is below the spacing of the format at the largest value.
+    spacing = {"float16": 2**-10, "bfloat16": 2**-7, "int8": 1 / 127, "int4": 1 / 7}[value_dtype]
+    assert errors.abs().max() <= 1.001 * spacing * exact.abs().max()
+
+
+@pytest.mark.parametrize("value_dtype", ["float16", "int4"])
+def test_stochastic_rounding_on_both_backends(backend: str, device: torch.device, value_dtype: str):
+    x = torch.randn(2, 3, 4, 4, device=device)
+    settings = {"threshold": 0.5, "value_dtype": value_dtype, "seed": 1}
+    packed = ops.to_spectral(x, rounding="stochastic", **settings)
+    assert not torch.equal(packed.values, ops.to_spectral(x, **settings).values)
+    expected = ops.to_spectral(x.cpu(), rounding="stochastic", **settings)
+    torch.testing.assert_close(packed.to_dense().cpu(), expected.to_dense())
+
+
+def test_stochastic_rounding_of_a_half_spectrum():
+    x = torch.randn(2, 3, 6, 6)
+    spectrum = torch.fft.rfft2(x, norm="ortho")
+    settings = {"value_dtype": "int8", "rounding": "stochastic", "seed": 5}
+    given = ops.pack(spectrum, size=(6, 6), threshold=0.5, **settings).to_dense()
+    torch.testing.assert_close(given, ops.to_spectral(x, threshold=0.5, **settings).to_dense())
+    assert ops.pack(spectrum, size=(6, 6), threshold=0.5, rounding="stochastic").values.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_maps_are_transformed_in_single(dtype: torch.dtype):
     x = torch.randn(2, 3, 6, 6).to(dtype).requires_grad_()
@@ -105,9 +151,9 @@ def arguments(name: str) -> tuple[object, ...]:
     packed = ops.to_spectral(x.detach(), threshold=0.5).requires_grad_()
     fields = (packed.edge, packed.values, packed.scales, packed.bitmap, packed.offsets, list(packed.shape))
     return {
-        "pack": (torch.fft.rfft2(x.detach()).requires_grad_(), 5, 6, 0.5, -1.0, "int8", 0),
+        "pack": (torch.fft.rfft2(x.detach()).requires_grad_(), 5, 6, 0.5, -1.0, "int8", 0, None),
         "unpack": fields,
-        "to_spectral": (x, 0.5, -1.0, "float64", 0),
+        "to_spectral": (x, 0.5, -1.0, "float16", 0, torch.tensor(3)),
         "to_spatial": (*fields, 0),
     }[name]
 
@@ -135,6 +181,12 @@ BAD = [
         ValueError,
         "positive number of bytes",
     ),
+    (
+        lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=1, rounding="up"),
+        ValueError,
+        "'nearest', 'stochastic'",
+    ),
+    (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=1, seed=1.5), TypeError, "an int64 tensor without"),
     (lambda: ops.to_spatial(torch.randn(1, 3, 4, 4)), TypeError, "ToSpectral"),
     (lambda: ops.unpack(torch.randn(1, 3, 4, 4)), TypeError, "expected a PackedSpectrum"),
 ]

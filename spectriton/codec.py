@@ -1,0 +1,423 @@
+"""Codecs: feature maps to small buffers and back, with loss.
+
+A codec is a transform, a rule for what is kept of it, and a format of what is kept. Nothing here is differentiable:
+codecs are for what is saved between forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectriton import reference
+from spectriton._backend import workspace_bytes
+from spectriton._check import check_choice, check_real_maps, check_threshold, fail
+from spectriton.ops import to_spatial, to_spectral
+from spectriton.ops._arguments import check_rounding, check_rule, check_seed, check_workspace
+from spectriton.packed import PackedSpectrum, make_edge
+from spectriton.reference import block_codec
+
+__all__ = ["BlockCodec", "CastCodec", "Codec", "Encoded", "QuantiseCodec", "SpectrumCodec", "make_codec"]
+
+
+class Encoded:
+    """Feature maps as a codec stored them.
+
+    Attributes:
+        codec: the codec that made it and can read it.
+        tensors: everything that is stored, plain tensors without views into larger storage.
+        shape: ``(B, C, H, W)`` of the maps.
+        dtype: of the maps.
+        channels_last: whether the maps stood channels last in memory, as they will again.
+    """
+
+    __slots__ = ("channels_last", "codec", "dtype", "shape", "tensors")
+
+    def __init__(
+        self,
+        codec: Codec,
+        tensors: tuple[Tensor, ...],
+        shape: tuple[int, ...] | torch.Size,
+        dtype: torch.dtype,
+        channels_last: bool = False,
+    ) -> None:
+        self.codec = codec
+        self.tensors = tensors
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.channels_last = channels_last
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored, scales and whatever else decoding needs included."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits over the number of values of the maps."""
+        return 8 * self.nbytes / max(1, self.shape.numel())
+
+    def with_tensors(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> Encoded:
+        """The same maps in other tensors of the same content, as they come back from autograd or another device."""
+        if len(tensors) != len(self.tensors):
+            fail("Encoded.with_tensors", "tensors", f"{len(tensors)} of them", str(len(self.tensors)), "pass them all")
+        return Encoded(self.codec, tuple(tensors), self.shape, self.dtype, self.channels_last)
+
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The maps ``(B, C, H, W)``, dense, in the memory format they came in.
+
+        Args:
+            dtype: floating-point; that of the maps where left out. Values beyond its range saturate.
+        """
+        out = torch.empty(
+            self.shape,
+            dtype=dtype or self.dtype,
+            device=self.tensors[0].device,
+            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
+        )
+        with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+            self.codec._decode(self.tensors, out)
+        return out
+
+    def __repr__(self) -> str:
+        return (
+            f"Encoded({self.codec!r}, shape={tuple(self.shape)}, dtype={self.dtype}, {self.nbytes} bytes, "
+            f"{self.bits_per_value:.2f} bits per value)"
+        )
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What all codecs have in common. Settings are fixed: a codec can be hashed, compared, pickled and shared."""
+
+    def encode(self, x: Tensor, seed: int | Tensor | None = None) -> Encoded:
+        """Store feature maps. No gradient flows through this, and no random generator is touched.
+
+        Args:
+            x: ``(B, C, H, W)`` real floating-point, any strides. Values that are not finite stay visible: what shares
+                a scale with them decodes to NaN.
+            seed: of stochastic rounding, an int or an int64 tensor without dimensions. By default it is made from the
+                data, so that the same maps are always stored the same way.
+
+        Raises:
+            TypeError, ValueError: ``x`` is not four-dimensional and real, or the seed is not a whole number.
+        """
+        name = f"{type(self).__name__}.encode"
+        check_real_maps(name, "x", x)
+        check_seed(name, seed)
+        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return Encoded(self, self._encode(x.detach(), seed), x.shape, x.dtype, channels_last)
+
+    def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+        """Writes all of ``out``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CastCodec(Codec):
+    """Maps in another floating-point format.
+
+    Args:
+        dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float32`` or ``torch.float64``.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        formats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        check_choice("CastCodec", "dtype", self.dtype, formats)
+        check_choice("CastCodec", "rounding", self.rounding, reference.ROUNDINGS)
+
+    def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
+        out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+        number = check_rounding("CastCodec.encode", self.rounding, seed, x)
+        if number is None or torch.promote_types(x.dtype, self.dtype) == self.dtype:
+            _cast(out, x)
+            return (out,)
+        for first, last in _chunks(x.shape[0], 8 * x[:1].numel() * x.element_size(), x.device):
+            values = x[first:last]
+            noise = _noise(number, first * x[0].numel(), values.numel()).view(values.shape)
+            values = values.float() if values.dtype != torch.float64 else values
+            out[first:last] = reference.stochastic_cast(values, self.dtype, noise)
+        return (out,)
+
+    def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+        _cast(out, tensors[0])
+
+
+@dataclass(frozen=True)
+class QuantiseCodec(Codec):
+    """Groups of values on equally spaced levels between their minimum and maximum, without a transform.
+
+    What ActNN (Chen et al., 2021) and its successors do to activations: unbiased with stochastic rounding. Each group
+    adds 64 bits.
+
+    Args:
+        bits: of a value: 1, 2, 4 or 8.
+        group: values in a group, neighbours in memory; a multiple of 8.
+        rounding: ``"stochastic"`` or ``"nearest"``.
+        workspace: bound on temporaries in bytes; the ops' default where left out.
+    """
+
+    bits: int = 2
+    group: int = 256
+    rounding: str = "stochastic"
+    workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("QuantiseCodec", "bits", self.bits, (1, 2, 4, 8))
+        if not isinstance(self.group, int) or self.group < 8 or self.group % 8:
+            fail("QuantiseCodec", "group", self.group, "a positive multiple of 8", "pass 256")
+        check_choice("QuantiseCodec", "rounding", self.rounding, reference.ROUNDINGS)
+        check_workspace("QuantiseCodec", self.workspace)
+
+    def _groups(self, count: int, device: torch.device) -> Iterator[tuple[int, int]]:
+        """Ranges of groups whose temporaries (about ten arrays of four bytes a value) fit the workspace."""
+        yield from _chunks(-(-count // self.group), 40 * self.group, device, self.workspace)
+
+    def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
+        flat = _flat(x)
+        groups, levels = -(-flat.numel() // self.group), (1 << self.bits) - 1
+        packed = torch.empty(groups, self.group * self.bits // 8, dtype=torch.uint8, device=x.device)
+        scales = torch.empty(groups, 2, dtype=torch.float32, device=x.device)
+
+        def padded(first: int, last: int) -> Tensor:
+            """Groups in float32; the last is filled up with the last value, which leaves its range alone."""
+            part = flat[first * self.group : last * self.group].float()
+            missing = (last - first) * self.group - part.numel()
+            return (torch.cat([part, part[-1:].expand(missing)]) if missing else part).view(-1, self.group)
+
+        for first, last in self._groups(flat.numel(), x.device):
+            low, high = padded(first, last).aminmax(dim=1)
+            scales[first:last, 0] = low
+            scales[first:last, 1] = (high - low) / levels
+        number = _seed(seed, scales) if self.rounding == "stochastic" else None
+        for first, last in self._groups(flat.numel(), x.device):
+            low, step = scales[first:last, :1], scales[first:last, 1:]
+            steps = (padded(first, last) - low).div_(torch.where(step > 0, step, 1))
+            if number is None:
+                steps.add_(0.5)
+            else:
+                steps.add_(_noise(number, first * self.group, steps.numel()).view_as(steps))
+            # A group with NaN or an infinite range has a minimum or a step that is not finite, so its codes, whatever
+            # the device makes of NaN, decode to NaN.
+            packed[first:last] = reference.pack_codes(steps.clamp_(0, levels).to(torch.uint8), self.bits)
+        return packed, scales
+
+    def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+        packed, scales = tensors
+        flat = _flat(out)
+        for first, last in self._groups(flat.numel(), out.device):
+            codes = reference.unpack_codes(packed[first:last], self.bits).to(torch.float32)
+            values = codes.mul_(scales[first:last, 1:]).add_(scales[first:last, :1]).view(-1)
+            target = flat[first * self.group : last * self.group]
+            _cast(target, values[: target.numel()])
+
+
+#: Value formats of packed spectra by their bits.
+_SPECTRUM_VALUES = {4: "int4", 8: "int8", 16: "bfloat16", 32: "float32"}
+
+
+@dataclass(frozen=True)
+class SpectrumCodec(Codec):
+    """The largest Fourier coefficients of whole maps, as a packed spectrum.
+
+    Costs ``density * bits`` bits per value, half a bit for the pattern, and the scales of integer values.
+
+    Args:
+        density: fraction of the coefficients to keep, the largest of all maps.
+        bits: of a real or imaginary part: 4 or 8 (integers), 16 (bfloat16) or 32.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        workspace: bound on temporaries in bytes; the ops' default where left out.
+    """
+
+    density: float = 0.25
+    bits: int = 4
+    rounding: str = "nearest"
+    workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        check_rule("SpectrumCodec", None, self.density)
+        check_choice("SpectrumCodec", "bits", self.bits, _SPECTRUM_VALUES)
+        check_choice("SpectrumCodec", "rounding", self.rounding, reference.ROUNDINGS)
+        check_workspace("SpectrumCodec", self.workspace)
+
+    def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
+        packed = to_spectral(
+            x,
+            density=self.density,
+            value_dtype=_SPECTRUM_VALUES[self.bits],
+            rounding=self.rounding,
+            seed=seed,
+            workspace=self.workspace,
+        )
+        return packed.values, packed.scales, packed.bitmap, packed.offsets
+
+    def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+        edge = make_edge(tensors[0].shape[0], torch.float32, out.device)
+        packed = PackedSpectrum.of((edge, *tensors), out.shape, _SPECTRUM_VALUES[self.bits])
+        _cast(out, to_spatial(packed, workspace=self.workspace))
+
+
+@dataclass(frozen=True)
+class BlockCodec(Codec):
+    """Blocks of 4 to 8 positions an edge, transformed over channels and positions, with bits where the energy is.
+
+    Channels are rotated into the principal components of their group (of at most ``mix``), blocks of each component go
+    through an orthonormal DCT-II, and each (component, frequency) gets bits by its variance (reverse water-filling).
+    Statistics come from the maps themselves and are stored along. The size is ``density * bits`` bits per value, all
+    included, and known in advance; see :mod:`spectriton.reference.block_codec` for what is stored.
+
+    Values are taken relative to the deviation of their channel. What lies far beyond the scale of its row saturates. A
+    value that is not finite turns its whole group of channels to NaN.
+
+    Args:
+        density, bits: their product is the budget in bits per value, from above 0 to 8.
+        mix: channels in a group; 1 leaves channels alone.
+        rounding: ``"nearest"``, or ``"stochastic"``: without bias in what has bits, but with more error.
+        workspace: bound on temporaries in bytes; the ops' default where left out.
+    """
+
+    density: float = 0.25
+    bits: float = 4
+    mix: int = 64
+    rounding: str = "nearest"
+    workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        density = check_threshold("BlockCodec", self.density, "density")
+        bits = check_threshold("BlockCodec", self.bits, "bits")
+        if not 0 < density <= 1:
+            fail("BlockCodec", "density", density, "a fraction above 0, at most 1", "pass 0.25")
+        if not 0 < bits * density <= 8:
+            fail("BlockCodec", "bits", bits, "a positive number, at most 8 / density", "pass 4")
+        if not isinstance(self.mix, int) or self.mix < 1:
+            fail("BlockCodec", "mix", self.mix, "a positive number of channels", "pass 64, or 1 to leave them alone")
+        check_choice("BlockCodec", "rounding", self.rounding, reference.ROUNDINGS)
+        check_workspace("BlockCodec", self.workspace)
+
+    def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
+        if x.numel() == 0:
+            return (x.new_empty(0, dtype=torch.uint8),)
+        layout = block_codec.block_layout(tuple(x.shape), self.density * self.bits, self.mix)
+        workspace = workspace_bytes(self.workspace, x.device)
+        stored = block_codec.fit(x, layout, workspace)
+        plan = block_codec.make_plan(stored, layout, compact=x.device.type == "cpu")
+        bits = block_codec.field_bits(plan, layout.record)
+        number = _seed(seed, stored[0]) if self.rounding == "stochastic" else None
+        records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8, device=x.device)
+        # Noise takes as much again.
+        for part in block_codec.regions(layout, workspace if number is None else workspace // 2):
+            maps = block_codec.maps_of(x, layout, part)
+            records[part.n0 : part.n1] = block_codec.encode_blocks(maps, layout, plan, bits, part.n0, number)
+        return (records, *stored)
+
+    def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+        if out.numel() == 0:
+            return
+        layout = block_codec.block_layout(tuple(out.shape), self.density * self.bits, self.mix)
+        records, scales, basis, spectrum = tensors
+        plan = block_codec.make_plan((scales, basis, spectrum), layout, compact=out.device.type == "cpu")
+        for part in block_codec.regions(layout, workspace_bytes(self.workspace, out.device)):
+            target = block_codec.maps_of(out, layout, part)
+            size = target.shape[2], target.shape[3]
+            _cast(target, block_codec.decode_blocks(records[part.n0 : part.n1], layout, plan, target.shape[0], size))
+
+
+def make_codec(
+    transform: str = "dct",
+    *,
+    density: float | None = None,
+    bits: float | None = None,
+    rounding: str | None = None,
+    workspace: int | None = None,
+) -> Codec:
+    """A codec by its transform.
+
+    ======== ====================== ==================================================== =============================
+    transform codec                 bits per value                                       defaults
+    ======== ====================== ==================================================== =============================
+    dct      :class:`BlockCodec`    ``density * bits``, all included                     0.25, 4, nearest
+    fft      :class:`SpectrumCodec` ``density * bits`` + 0.5 and scales                  0.25, 4, nearest
+    none     :class:`QuantiseCodec` ``bits`` + 0.25; all values are kept                 2, stochastic
+    cast     :class:`CastCodec`     ``bits`` (16 is bfloat16)                            16, nearest
+    ======== ====================== ==================================================== =============================
+
+    Args:
+        transform: ``"dct"``, ``"fft"``, ``"none"`` or ``"cast"``.
+        density: fraction of the values that the budget provides for; without a transform it can only be 1.
+        bits: of a value that is kept.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        workspace: bound on temporaries in bytes; the ops' default where left out.
+
+    Raises:
+        TypeError, ValueError: no such transform, or a setting that it does not have.
+    """
+    check_choice("make_codec", "transform", transform, _CODECS)
+    given: dict[str, Any] = {"density": density, "bits": bits, "rounding": rounding, "workspace": workspace}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if transform in ("none", "cast") and settings.pop("density", 1) != 1:
+        fail("make_codec", "density", density, f"1 for transform={transform!r}", "leave it out, or choose a transform")
+    if transform == "cast":
+        settings.pop("workspace", None)
+        formats = {16: torch.bfloat16, 32: torch.float32}
+        settings["dtype"] = formats[check_choice("make_codec", "bits", settings.pop("bits", 16), formats)]
+    return _CODECS[transform](**settings)
+
+
+#: The codecs by the names of their transforms.
+_CODECS: dict[str, type[Codec]] = {
+    "dct": BlockCodec,
+    "fft": SpectrumCodec,
+    "none": QuantiseCodec,
+    "cast": CastCodec,
+}
+
+
+def _chunks(
+    count: int, bytes_each: int, device: torch.device, workspace: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """``0:count`` in ranges whose temporaries fit the workspace."""
+    step = max(1, workspace_bytes(workspace, device) // max(1, bytes_each))
+    for first in range(0, count, step):
+        yield first, min(first + step, count)
+
+
+def _seed(seed: int | Tensor | None, data: Tensor) -> Tensor:
+    return reference.seed_of(data) if seed is None else reference.make_seed(seed, data.device)
+
+
+def _noise(seed: Tensor, first: int, count: int) -> Tensor:
+    """``(count,)`` noise of the positions from ``first`` on."""
+    return reference.uniform(seed, torch.arange(first, first + count, device=seed.device))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The values of ``x`` ``(B, C, H, W)`` in the order of memory, a view where strides allow."""
+    if x.is_contiguous():
+        return x.view(-1)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).reshape(-1)
+    return x.contiguous().view(-1)
+
+
+def _cast(out: Tensor, values: Tensor) -> None:
+    """``out[...] = values``; what is finite stays so in float16, too."""
+    if out.dtype != torch.float16 or values.dtype == torch.float16:
+        out.copy_(values)
+        return
+    info = torch.finfo(out.dtype)
+    for first, last in _chunks(values.shape[0], 12 * values[:1].numel(), out.device):
+        # In bfloat16 the bound itself would be rounded beyond it.
+        part = values[first:last].to(torch.promote_types(values.dtype, torch.float32))
+        out[first:last] = torch.where(part.isfinite(), part.clamp(info.min, info.max), part)

@@ -1,0 +1,555 @@
+"""Block transform coding of feature maps: mix channels, DCT of small blocks, bits where the energy is.
+
+Maps are cut into blocks of 4 to 8 positions an edge. Channels of a block are rotated into the principal components of
+their group, and each component is transformed by an orthonormal DCT-II. What results are *rows*: one number for each
+(component, frequency) and block. Rows differ in variance by orders of magnitude, so each gets its own number of bits
+(reverse water-filling), none for most of them. All numbers of a block stand in one record of fixed length, which is
+known from the shape of the maps alone; a block can be read and written without looking at another.
+
+What is stored::
+
+    records   (N, L) uint8         one record a block; fields in the order of the rows, lowest bit first
+    scales    (2 C + 1,) float32   mean of each channel, its deviation, and the water level as log2 of a variance
+    basis     (G, g, g) int8       principal components of each group of g channels, times 127
+    spectrum  (rows / 2,) uint8    the class of each row, four bits each; or
+              (G g + M,) int8      log2 variance of each component and of each frequency, where rows are too many
+
+The class of a row stands for an interval of its variance above the water level, and so for the number of its bits and
+for the scale of its quantiser (:data:`CLASS_EDGES`).
+
+Quantiser
+---------
+Numbers of a row, over its deviation, are taken as Laplacian with unit variance. ``b`` bits distinguish
+``2^(b-1)`` magnitudes: ``floor(2^(b-1) m_b (1 - exp(-sqrt(2) |x| / 3)))``, the compander of Panter and Dite (1951),
+whose last cell is open; ``m_b`` (:data:`COMPANDER`) minimises the mean squared error for that density. This comes
+within 0.3 % of the Lloyd-Max quantiser, and needs no table to encode. Each cell is read back as the mean of the density
+within it, so errors are uncorrelated with what is read back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from spectriton.reference.rounding import uniform
+
+#: Largest number of bits of a field.
+MAX_WIDTH = 8
+
+#: ``m_b`` of the quantiser with ``b = 1 ..`` bits.
+COMPANDER = (1.0, 1.21333, 1.11255, 1.05813, 1.02948, 1.01482, 1.00751, 1.00381)
+
+#: Classes of rows: lower edges of their intervals, log2 of the variance over the water level; class 0 is below the
+#: first. Bit b pays where the error that it saves, variance times (D[b - 1] - D[b]) of the quantiser's mean squared
+#: errors D, is that of the first bit at the water level; the intervals between are halved, but for the highest.
+CLASS_EDGES = (0.0, 0.63, 1.33, 2.04, 2.86, 3.68, 4.57, 5.47, 6.42, 7.36, 8.33, 9.31, 11.29, 13.3, 15.5)
+#: Bits of each class, from class 0.
+CLASS_WIDTHS = (0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 8, 8)
+#: The variance that each class stands for, log2 over the water level.
+CLASS_VARIANCE = (0.0, 0.32, 0.98, 1.69, 2.45, 3.27, 4.13, 5.02, 5.95, 6.89, 7.85, 8.82, 10.3, 12.3, 14.4, 16.6)
+# A variance this far (log2) above the water level is still within the last class.
+_HEADROOM = 17.0
+# Stands for the logarithm of no variance at all.
+_NOTHING = -1000.0
+
+# Rounds of orthogonal iteration. More leave the coding gain as it is: components of like variance need no telling
+# apart.
+_ROUNDS = 4
+# At most this share of the budget goes to the basis, and to the classes of rows: where there are few blocks to a
+# channel, a smaller group or a coarser spectrum leaves more for the values.
+_BASIS_SHARE = 1 / 3
+_SPECTRUM_SHARE = 1 / 4
+# Blocks from which the variances of rows are taken; images beyond that are passed over.
+_SAMPLE_BLOCKS = 1024
+
+
+class BlockLayout(NamedTuple):
+    """Sizes of the stored form; they follow from the shape of the maps and the settings of the codec alone.
+
+    Attributes:
+        shape: ``(B, C, H, W)`` of the maps.
+        edges: height and width of a block.
+        grid: blocks down and across a map.
+        groups: groups of channels, ``G``.
+        mix: channels in a group, ``g``; the last group may have fewer.
+        record: bytes of a record, ``L``.
+        separable: whether variances are stored by component and by frequency instead of by row.
+    """
+
+    shape: tuple[int, int, int, int]
+    edges: tuple[int, int]
+    grid: tuple[int, int]
+    groups: int
+    mix: int
+    record: int
+    separable: bool
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all images, ``N``."""
+        return self.shape[0] * self.grid[0] * self.grid[1]
+
+    @property
+    def frequencies(self) -> int:
+        """Frequencies of a block, ``M``."""
+        return self.edges[0] * self.edges[1]
+
+    @property
+    def components(self) -> int:
+        """Channels, those that fill up the last group included: ``G * g``."""
+        return self.groups * self.mix
+
+    @property
+    def rows(self) -> int:
+        """Numbers of a block."""
+        return self.components * self.frequencies
+
+
+def block_edge(size: int) -> int:
+    """Edge of the blocks along an axis of ``size`` positions: from 4 to 8, wasting least; ``size`` where it is less."""
+    return size if size < 4 else min(range(8, 3, -1), key=lambda edge: -size % edge)
+
+
+@lru_cache(maxsize=512)
+def block_layout(shape: tuple[int, int, int, int], rate: float, mix: int) -> BlockLayout:
+    """The layout for maps of ``shape`` with ``rate`` bits per value, everything included.
+
+    A record has one byte at least, so maps of a few values a block take more.
+
+    Args:
+        shape: ``(B, C, H, W)``, none of them 0.
+        rate: bits per value of the maps.
+        mix: at most so many channels in a group; fewer where their basis would take too much of the budget.
+    """
+    batch, channels, height, width = shape
+    edges = block_edge(height), block_edge(width)
+    grid = -(-height // edges[0]), -(-width // edges[1])
+    budget = int(batch * channels * height * width * rate / 8)
+    mix = min(mix, channels)
+    while mix > 1 and channels * mix > budget * _BASIS_SHARE:
+        mix //= 2
+    groups = -(-channels // mix)
+    mix = -(-channels // groups)
+    rows = groups * mix * edges[0] * edges[1]
+    separable = rows / 2 > budget * _SPECTRUM_SHARE
+    beside = 4 * (2 * channels + 1) + (groups * mix * mix if mix > 1 else 0)
+    beside += groups * mix + edges[0] * edges[1] if separable else -(-rows // 2)
+    blocks = batch * grid[0] * grid[1]
+    record = min(-(-rows * MAX_WIDTH // 8), max(1, (budget - beside) // blocks))
+    return BlockLayout(shape, edges, grid, groups, mix, record, separable)
+
+
+class Region(NamedTuple):
+    """Images ``b0:b1`` and rows of blocks ``r0:r1`` of them: all, unless it is one image. Holds blocks ``n0:n1``."""
+
+    b0: int
+    b1: int
+    r0: int
+    r1: int
+    n0: int
+    n1: int
+
+
+def regions(layout: BlockLayout, workspace: int) -> Iterator[Region]:
+    """Parts of the maps whose temporaries fit the workspace in bytes."""
+    down, across = layout.grid
+    # Seven arrays of four bytes a value at the most.
+    row_bytes = 28 * layout.rows * across
+    images = workspace // (row_bytes * down)
+    if images:
+        for b0 in range(0, layout.shape[0], images):
+            b1 = min(b0 + images, layout.shape[0])
+            yield Region(b0, b1, 0, down, b0 * down * across, b1 * down * across)
+        return
+    step = max(1, workspace // row_bytes)
+    for b in range(layout.shape[0]):
+        for r0 in range(0, down, step):
+            r1 = min(r0 + step, down)
+            yield Region(b, b + 1, r0, r1, (b * down + r0) * across, (b * down + r1) * across)
+
+
+def maps_of(x: Tensor, layout: BlockLayout, region: Region) -> Tensor:
+    """The part of ``x`` ``(B, C, H, W)`` in a region, a view."""
+    edge = layout.edges[0]
+    return x[region.b0 : region.b1, :, region.r0 * edge : region.r1 * edge]
+
+
+# -- statistics -----------------------------------------------------------------------------------------------------
+
+
+class Transform(NamedTuple):
+    """Between maps and coefficients.
+
+    Attributes:
+        mean, inverse, scale: ``(C,)`` float32 of each channel; ``inverse`` is ``1 / scale``, 0 for 0.
+        basis: ``(G, g, k)`` float32 orthonormal components of each group, the first ``k``; None for ``g = 1``.
+        dct: ``(M, M)`` float32.
+    """
+
+    mean: Tensor
+    inverse: Tensor
+    scale: Tensor
+    basis: Tensor | None
+    dct: Tensor
+
+
+class Plan(NamedTuple):
+    """How blocks are coded: what is stored beside the records, made ready. Both sides make it from the stored form.
+
+    Attributes:
+        change: the transform, to the components that have bits.
+        rows: ``(R,)`` int64, rows that are coded, among those of the transform.
+        width, start: ``(R,)`` int64, bits of their fields and where they begin in a record.
+        deviation: ``(R,)`` float32 that their quantisers take them to have.
+    """
+
+    change: Transform
+    rows: Tensor
+    width: Tensor
+    start: Tensor
+    deviation: Tensor
+
+
+def fit(x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales, basis and spectrum to store for maps ``x``; see the head of this file. The device is never waited for."""
+    channels, groups, mix = x.shape[1], layout.groups, layout.mix
+    parts = list(regions(layout, workspace))
+    total = torch.zeros(channels, dtype=torch.float64, device=x.device)
+    low = torch.full((channels,), torch.inf, device=x.device)
+    high = -low
+    count = x.numel() // channels
+    for part in parts:
+        maps = maps_of(x, layout, part)
+        total += maps.sum((0, 2, 3), dtype=torch.float32)
+        low = torch.minimum(low, maps.amin((0, 2, 3)).to(torch.float32))
+        high = torch.maximum(high, maps.amax((0, 2, 3)).to(torch.float32))
+    mean = (total / count).to(torch.float32)
+    # Within [-1, 1] squares neither overflow nor vanish. What rounding leaves of a constant is none.
+    reach = torch.maximum(high - mean, mean - low)
+    reach = torch.where(reach <= 1e-6 * mean.abs(), 0, reach)
+    covariance = torch.zeros(groups, mix, mix, dtype=torch.float32, device=x.device)
+    for part in parts:
+        maps = _standardised(maps_of(x, layout, part), mean, _inverse(reach), layout)
+        grouped = maps.view(maps.shape[0], groups, mix, -1)
+        covariance += torch.matmul(grouped, grouped.mT).sum(0)
+    covariance /= count
+    deviation = covariance.diagonal(dim1=1, dim2=2).sqrt()
+    inverse = _inverse(deviation)
+    correlation = covariance * inverse[:, :, None] * inverse[:, None]
+    scale = reach * deviation.reshape(-1)[:channels]
+    # One value that is not a number leaves nothing of its group.
+    padded = functional.pad(mean + scale, (0, layout.components - channels)).view(groups, mix)
+    mean = mean + (0 * padded.sum(1, keepdim=True)).expand(groups, mix).reshape(-1)[:channels]
+
+    basis = _components(correlation) if mix > 1 else correlation.new_empty(0, dtype=torch.int8)
+    spread = _variances(x, layout, workspace, mean, scale, basis, correlation)
+    logs = torch.log2(spread).nan_to_num(_NOTHING, _NOTHING, _NOTHING)
+    if layout.separable:
+        by_component = torch.log2(spread.mean(1)).nan_to_num(_NOTHING, _NOTHING, _NOTHING).round().clamp(-100, 27)
+        by_frequency = torch.log2(spread.mean(0) / spread.mean()).nan_to_num(0, 0, -100).round().clamp(-100, 27)
+        spectrum = torch.cat([by_component, by_frequency]).to(torch.int8)
+        logs = _separable_logs(spectrum, layout)
+    level = _water_level(logs.flatten(), 8 * layout.record)
+    if not layout.separable:
+        classes = _fitting(_classes(logs.flatten(), level), layout)
+        spectrum = functional.pad(classes, (0, classes.numel() % 2)).view(-1, 2)
+        spectrum = spectrum[:, 0] | (spectrum[:, 1] << 4)
+    return torch.cat([mean, scale, level[None]]), basis, spectrum
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """``1 / scale``; 0 for nothing."""
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def _standardised(maps: Tensor, mean: Tensor, inverse: Tensor, layout: BlockLayout) -> Tensor:
+    """``(maps - mean) * inverse`` in float32, channels filled up to whole groups, edges repeated to whole blocks."""
+    batch, channels, height, width = maps.shape
+    out = maps.new_empty(batch, layout.components, height, width, dtype=torch.float32)
+    out[:, channels:] = 0
+    torch.sub(maps.to(torch.float32), mean[:, None, None], out=out[:, :channels]).mul_(inverse[:channels, None, None])
+    return out
+
+
+def _components(correlation: Tensor) -> Tensor:
+    """Principal components in the columns, int8: orthogonal iteration from the identity."""
+    unit = torch.eye(correlation.shape[1], device=correlation.device)
+    # Keeps what has no variance from spoiling the rest.
+    correlation = correlation + 1e-6 * unit
+    basis = unit.expand_as(correlation)
+    for _ in range(_ROUNDS):
+        basis = torch.linalg.qr(correlation @ basis).Q
+    return (127 * basis).round_().to(torch.int8)
+
+
+def _orthonormal(basis: Tensor) -> Tensor:
+    """Stored components as an orthonormal float32 basis: two rounds of Newton and Schulz take off what rounding did."""
+    columns = basis.to(torch.float32) / 127
+    unit = torch.eye(columns.shape[1], device=columns.device)
+    for _ in range(2):
+        columns = columns @ (1.5 * unit - 0.5 * columns.mT @ columns)
+    return columns
+
+
+def _variances(
+    x: Tensor, layout: BlockLayout, workspace: int, mean: Tensor, scale: Tensor, basis: Tensor, correlation: Tensor
+) -> Tensor:
+    """``(G * g, M)`` variance of each row over a sample of the images, made to add up to that over all of them."""
+    frequencies = layout.frequencies
+    columns, of_all = None, correlation.flatten()
+    if basis.numel():
+        columns = _orthonormal(basis)
+        of_all = (columns * (correlation @ columns)).sum(1).flatten()
+    change = Transform(mean, _inverse(scale), scale, columns, dct_matrix(layout.edges, x.device))
+    squares = torch.zeros(layout.components, frequencies, device=x.device)
+    sample = x[:: max(1, layout.blocks // _SAMPLE_BLOCKS)]
+    for part in regions(layout._replace(shape=(sample.shape[0], *layout.shape[1:])), workspace):
+        coefficients = transform(maps_of(sample, layout, part), layout, change)
+        squares += coefficients.square_().sum(-1).view_as(squares)
+    sampled = squares.sum(1, keepdim=True)
+    flat = torch.full_like(squares, 1 / frequencies)
+    return torch.where(sampled > 0, squares / sampled, flat) * (frequencies * of_all[:, None]).clamp_min(0)
+
+
+def _separable_logs(spectrum: Tensor, layout: BlockLayout) -> Tensor:
+    """``(G * g, M)`` log2 variances from those of components and frequencies."""
+    logs = spectrum.to(torch.float32)
+    return logs[: layout.components, None] + logs[layout.components :]
+
+
+def _water_level(logs: Tensor, bits: int) -> Tensor:
+    """The lowest level (log2 of a variance) at which the fields of all rows have at most so many bits.
+
+    Bit ``b`` of a row is paid where its log2 variance is above the level by the edge of that bit: the level is the
+    first that is not paid.
+    """
+    first = tuple(CLASS_EDGES[CLASS_WIDTHS.index(width) - 1] for width in range(1, MAX_WIDTH + 1))
+    levels = (logs[:, None] - _table(first, logs.device)).flatten()
+    floor = logs.amax() - _HEADROOM
+    if bits < levels.numel():
+        floor = torch.maximum(floor, levels.sort(descending=True).values[bits])
+    return floor.clamp_min(_NOTHING / 2)
+
+
+def _classes(logs: Tensor, level: Tensor) -> Tensor:
+    """The class of each row, uint8."""
+    return torch.bucketize(logs - level, _table(CLASS_EDGES, logs.device)).to(torch.uint8)
+
+
+def _fitting(classes: Tensor, layout: BlockLayout) -> Tensor:
+    """Class 0 for rows whose fields would not fit the record: rounding of the level may let one slip in."""
+    width = _lookup(CLASS_WIDTHS, classes)
+    return torch.where(width.cumsum(0) <= 8 * layout.record, classes, 0)
+
+
+@lru_cache(maxsize=64)
+def _table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
+    """Constants on a device; sending them each time would make the host wait."""
+    return torch.tensor(values, device=device)
+
+
+def _lookup(table: tuple[int, ...] | tuple[float, ...], index: Tensor) -> Tensor:
+    return _table(table, index.device)[index.long()]
+
+
+def stored_transform(stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout) -> Transform:
+    """The transform to all components, from the scales and the basis that are stored."""
+    scales, basis, _ = stored
+    mean, scale = scales[: layout.shape[1]], scales[layout.shape[1] : 2 * layout.shape[1]]
+    columns = _orthonormal(basis) if basis.numel() else None
+    return Transform(mean, _inverse(scale), scale, columns, dct_matrix(layout.edges, scales.device))
+
+
+def make_plan(stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, compact: bool) -> Plan:
+    """The :class:`Plan` from the scales, basis and spectrum that are stored.
+
+    ``compact`` leaves out the rows that have no bits, and the last components where they have none: less to compute,
+    but the host has to know how many.
+    """
+    scales, _, spectrum = stored
+    level = scales[-1]
+    if layout.separable:
+        classes = _fitting(_classes(_separable_logs(spectrum, layout).flatten(), level), layout)
+    else:
+        classes = torch.stack([spectrum & 15, spectrum >> 4], 1).flatten()[: layout.rows]
+    width = _lookup(CLASS_WIDTHS, classes)
+    start = width.cumsum(0) - width
+    deviation = torch.exp2((_lookup(CLASS_VARIANCE, classes) + level) / 2)
+    rows = torch.arange(layout.rows, device=scales.device)
+    change = stored_transform(stored, layout)
+    if not compact:
+        return Plan(change, rows, width, start, deviation)
+    rows = torch.nonzero(width).flatten() if width.any() else rows[:1]
+    width, start, deviation = width[rows], start[rows], deviation[rows]
+    if change.basis is not None:
+        component, frequency = rows // layout.frequencies, rows % layout.frequencies
+        group, place = component // layout.mix, component % layout.mix
+        kept = int(place.max()) + 1
+        change = change._replace(basis=change.basis[:, :, :kept].contiguous())
+        rows = (group * kept + place) * layout.frequencies + frequency
+    return Plan(change, rows, width, start, deviation)
+
+
+# -- transform ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def dct_matrix(edges: tuple[int, int], device: torch.device) -> Tensor:
+    """``(M, M)`` orthonormal DCT-II of blocks, frequencies down, positions across, both row by row."""
+
+    def one(size: int) -> NDArray[np.float64]:
+        k, t = np.arange(size)[:, None], np.arange(size)
+        matrix = np.sqrt(2 / size) * np.cos(np.pi * k * (t + 0.5) / size)
+        matrix[0] = np.sqrt(1 / size)
+        return matrix
+
+    return torch.from_numpy(np.kron(one(edges[0]), one(edges[1])).astype(np.float32)).to(device)
+
+
+def transform(maps: Tensor, layout: BlockLayout, change: Transform) -> Tensor:
+    """Maps ``(b, C, h, W)`` to ``(components, M, n)`` coefficients of their ``n`` blocks."""
+    values = _standardised(maps, change.mean, change.inverse, layout)
+    (down, across), (batch, _, height, width) = layout.edges, values.shape
+    bottom, right = -height % down, -width % across
+    if bottom or right:
+        values = functional.pad(values, (0, right, 0, bottom), mode="replicate")
+    if change.basis is not None:
+        grouped = values.view(batch, layout.groups, layout.mix, -1)
+        values = torch.matmul(change.basis.mT, grouped)
+    values = values.view(batch, -1, (height + bottom) // down, down, (width + right) // across, across)
+    # The copy runs along blocks, the product turns them.
+    blocks = values.permute(1, 0, 2, 4, 3, 5).reshape(values.shape[1], -1, layout.frequencies)
+    return torch.matmul(change.dct, blocks.mT)
+
+
+def transform_back(
+    coefficients: Tensor, layout: BlockLayout, change: Transform, batch: int, size: tuple[int, int]
+) -> Tensor:
+    """The inverse of :func:`transform`: ``(batch, C, *size)`` maps."""
+    (down, across), (height, width) = layout.edges, size
+    grid = -(-height // down), -(-width // across)
+    blocks = torch.matmul(coefficients.mT, change.dct).view(-1, batch, *grid, down, across)
+    values = blocks.permute(1, 0, 2, 4, 3, 5).reshape(batch, layout.groups, -1, grid[0] * down * grid[1] * across)
+    if change.basis is not None:
+        values = torch.matmul(change.basis, values)
+    channels = layout.shape[1]
+    maps = values.view(batch, layout.components, grid[0] * down, grid[1] * across)[:, :channels, :height, :width]
+    return torch.addcmul(change.mean[:, None, None], maps, change.scale[:, None, None])
+
+
+# -- quantiser ------------------------------------------------------------------------------------------------------
+
+_RATE = math.sqrt(2) / 3
+
+
+@lru_cache(maxsize=1)
+def _level_table() -> NDArray[np.float32]:
+    """Levels of all widths one after the other, those of ``b`` bits from ``2^b`` on, in two's complement order."""
+    table = np.zeros(2 << MAX_WIDTH)
+    for width in range(1, MAX_WIDTH + 1):
+        half = 1 << (width - 1)
+        edges = -np.log1p(-np.arange(half) / (half * COMPANDER[width - 1])) / _RATE
+        # Mean of a density proportional to exp(-sqrt(2) x) between each edge and the next.
+        tail = np.append(np.exp(-math.sqrt(2) * edges), 0)
+        first = np.append((edges + math.sqrt(0.5)), 0) * tail
+        levels = (first[:-1] - first[1:]) / (tail[:-1] - tail[1:])
+        table[2 * half : 3 * half] = levels
+        table[3 * half : 4 * half] = -levels[::-1]
+    return table.astype(np.float32)
+
+
+@lru_cache(maxsize=16)
+def _levels(device: torch.device) -> Tensor:
+    return torch.from_numpy(_level_table()).to(device)
+
+
+def quantise_rows(values: Tensor, plan: Plan, noise: Tensor | None) -> Tensor:
+    """Rows ``(R, n)`` to codes in two's complement, uint8; of the highest bits only ``width`` count.
+
+    Args:
+        values: coefficients; they are overwritten.
+        plan: widths and deviations of the rows.
+        noise: uniform in [0, 1): picks one of the two levels about each value, without bias between the extreme ones.
+            By default the nearest cell is taken.
+    """
+    half = torch.exp2(plan.width.to(torch.float32) - 1)[:, None]
+    factor = _lookup((0.0, *COMPANDER), plan.width)[:, None] * half
+    deviation = plan.deviation[:, None]
+    code = (values.abs() * (-_RATE / deviation)).expm1_().mul_(-factor).copysign_(values).floor_()
+    code = torch.maximum(torch.minimum(code, half - 1, out=code), -half, out=code)
+    if noise is None:
+        return code.to(torch.int8).view(torch.uint8)
+    scaled = values / deviation
+    # The level of the cell, and the next one on the other side of the value.
+    here = _level(code, half)
+    code = torch.where(scaled < here, code - 1, code).clamp_(min=-half, max=half - 1)
+    below, above = _level(code, half), _level((code + 1).clamp_(max=half - 1), half)
+    gap = (above - below).clamp_min(1e-9)
+    code += (scaled - below) / gap + noise >= 1
+    return code.clamp_(max=half - 1).to(torch.int8).view(torch.uint8)
+
+
+def _level(code: Tensor, half: Tensor) -> Tensor:
+    place = torch.where(code < 0, code + 4 * half, code + 2 * half).to(torch.int32)
+    return _levels(code.device).index_select(0, place.view(-1)).view(code.shape)
+
+
+def field_bits(plan: Plan, length: int) -> tuple[Tensor, Tensor]:
+    """For each bit of a record of ``length`` bytes: the row, and which bit of its code. Bits left over repeat some."""
+    bits = torch.arange(8 * length, device=plan.start.device)
+    row = torch.searchsorted(plan.start + plan.width, bits, right=True).clamp_(max=plan.start.numel() - 1)
+    return row, (bits - plan.start[row]).clamp_(max=7).to(torch.uint8)[:, None]
+
+
+def write_fields(codes: Tensor, bits: tuple[Tensor, Tensor]) -> Tensor:
+    """Codes ``(R, n)`` to records ``(n, L)``; ``bits`` comes from :func:`field_bits`."""
+    row, place = bits
+    planes = codes.index_select(0, row).bitwise_right_shift_(place).bitwise_and_(1).view(-1, 8, codes.shape[1])
+    packed = planes[:, 0].clone()
+    for place_in_byte in range(1, 8):
+        packed |= planes[:, place_in_byte] << place_in_byte
+    return packed.T
+
+
+def read_fields(records: Tensor, plan: Plan) -> Tensor:
+    """Records ``(n, L)`` to values ``(R, n)`` float32."""
+    packed = records.T.contiguous()
+    byte = plan.start >> 3
+    # A field of up to eight bits lies within two bytes.
+    window = packed.index_select(0, byte.clamp(max=packed.shape[0] - 1)).to(torch.int16)
+    window |= packed.index_select(0, (byte + 1).clamp_(max=packed.shape[0] - 1)).to(torch.int16) << 8
+    window >>= (plan.start & 7).to(torch.int16)[:, None]
+    first = (1 << plan.width).to(torch.int16)[:, None]
+    window = window.bitwise_and_(first - 1).add_(first)
+    values = _levels(records.device).index_select(0, window.to(torch.int32).view(-1))
+    return values.view(window.shape).mul_(plan.deviation[:, None])
+
+
+def encode_blocks(
+    maps: Tensor, layout: BlockLayout, plan: Plan, bits: tuple[Tensor, Tensor], first: int, seed: Tensor | None
+) -> Tensor:
+    """The records ``(n, L)`` of maps ``(b, C, h, W)``, whose first block has the number ``first``."""
+    values = transform(maps, layout, plan.change).flatten(0, 1).index_select(0, plan.rows)
+    noise = None
+    if seed is not None:
+        block = torch.arange(first, first + values.shape[1], device=maps.device)
+        noise = uniform(seed, block * (8 * layout.record) + plan.start[:, None])
+    return write_fields(quantise_rows(values, plan, noise), bits)
+
+
+def decode_blocks(records: Tensor, layout: BlockLayout, plan: Plan, batch: int, size: tuple[int, int]) -> Tensor:
+    """Records ``(n, L)`` to maps ``(batch, C, *size)``, float32."""
+    basis = plan.change.basis
+    components = layout.groups * (layout.mix if basis is None else basis.shape[2])
+    coefficients = torch.zeros(components * layout.frequencies, records.shape[0], device=records.device)
+    coefficients.index_copy_(0, plan.rows, read_fields(records, plan))
+    coefficients = coefficients.view(components, layout.frequencies, -1)
+    return transform_back(coefficients, layout, plan.change, batch, size)
