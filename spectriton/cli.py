@@ -162,6 +162,23 @@ def build_app() -> Any:
             rich_help_panel=data_panel,
         ),
     ]
+    Method: TypeAlias = Annotated[
+        str,
+        typer.Option(
+            help="What the network is compared with: spectral (its spectral twin) or compress (itself, with maps "
+            "compressed between forward and backward).",
+            rich_help_panel=data_panel,
+        ),
+    ]
+    Transform: TypeAlias = Annotated[
+        str, typer.Option(help="compress: dct, fft, none or cast.", rich_help_panel=data_panel)
+    ]
+    Density: TypeAlias = Annotated[
+        float | None, typer.Option(help="compress: fraction of values kept; default: 0.25.", rich_help_panel=data_panel)
+    ]
+    Bits: TypeAlias = Annotated[
+        float | None, typer.Option(help="compress: bits of a kept value; default: 4.", rich_help_panel=data_panel)
+    ]
     Paper: TypeAlias = Annotated[
         bool,
         typer.Option("--paper", help="Keep to the paper, not the best known settings.", rich_help_panel=data_panel),
@@ -237,6 +254,10 @@ def build_app() -> Any:
         threshold: Threshold = 0.5,
         value_dtype: ValueDtype = None,
         paper: Paper = False,
+        method: Method = "spectral",
+        transform: Transform = "dct",
+        density: Density = None,
+        bits: Bits = None,
         width: Width = 1.0,
         image_size: ImageSize = None,
         data_dir: DataDir = None,
@@ -259,7 +280,7 @@ def build_app() -> Any:
         peers: Peers = None,
         resume: Resume = True,
     ) -> None:
-        """Train a network and its spectral twin alike; write report.json, curves.png and memory.png."""
+        """Train a network and its spectral (or compressed) twin alike; write report.json, curves.png and memory.png."""
         options = dict(locals())
         with _user_errors(), _stop_on_signals() as stop, distributed.joined():
             from spectriton import report

@@ -1,5 +1,8 @@
 """The main job: train a network and its spectral twin alike, and report what the spectrum costs and saves.
 
+With ``method="compress"`` the second network is the first one over again, with compressed maps
+(:mod:`spectriton.compression`).
+
 Both twins are built from the same seed (so that weights that both have start out the same), see the same images in the
 same order, and are measured one after the other: the first is gone from memory before the second is built.
 """
@@ -15,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectriton import _check, distributed, environment, models, report
+from spectriton import _check, compression, distributed, environment, models, report
+from spectriton.codec import Codec, make_codec
 from spectriton.data import load
 from spectriton.images import Images
 from spectriton.measure import measure_step, release_memory
@@ -25,6 +29,9 @@ from spectriton.peers import measure_peers
 from spectriton.plots import draw_curves, draw_memory
 from spectriton.report import VARIANTS
 from spectriton.train import Checkpoint, Progress, TrainConfig, seed_everything, train
+
+#: What the second network is called, by the way it saves memory.
+METHODS = {"spectral": "spectral", "compress": "compressed"}
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,15 @@ class CompareConfig:
         paper: keep to the paper instead of the best known settings.
         width: multiplies the network's numbers of channels.
         image_size: edge in pixels that the network is given; the data's own where ``None``.
+        method: ``"spectral"``, or ``"compress"`` for the original with compressed maps; then
+        transform, density, bits: are as for :func:`spectriton.compress`, and threshold, value_dtype and paper play no
+            part.
         train_limit, test_limit: use only the first so many images.
         data_dir: where the data's files are; it is not part of reports.
         train: the recipe.
 
     Raises:
-        ValueError, TypeError: threshold or value_dtype is not usable, or paper and value_dtype contradict each other.
+        ValueError, TypeError: a setting is not usable, or paper and value_dtype contradict each other.
     """
 
     model: str = "lenet"
@@ -59,8 +69,15 @@ class CompareConfig:
     test_limit: int | None = None
     data_dir: str | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
+    method: str = "spectral"
+    transform: str = "dct"
+    density: float | None = None
+    bits: float | None = None
 
     def __post_init__(self) -> None:
+        _check.check_choice("CompareConfig", "method", self.method, METHODS)
+        if self.method == "compress":
+            self.codec()
         _check.check_threshold("CompareConfig", self.threshold)
         if self.value_dtype is not None:
             _check.check_choice("CompareConfig", "value_dtype", self.value_dtype, VALUE_DTYPES)
@@ -89,8 +106,23 @@ class CompareConfig:
         del settings["data_dir"]
         recipe = settings.pop("train")
         settings["value_dtype"] = self.stored_dtype
+        for name in ("transform", "density", "bits"):
+            del settings[name]
+        if self.method == "compress":
+            settings["codec"] = repr(self.codec())
         device = self.train.resolve_device().type
         return {**settings, **recipe, "device": device, "processes": distributed.world_size()}
+
+    @property
+    def second(self) -> str:
+        """Variant that is compared with the spatial network."""
+        return METHODS[self.method]
+
+    def codec(self) -> Codec:
+        """What encodes the maps of the compressed network."""
+        # The command line gives 4.0, and some codecs take whole numbers only.
+        whole = self.bits is not None and float(self.bits).is_integer()
+        return make_codec(self.transform, density=self.density, bits=int(self.bits or 0) if whole else self.bits)
 
     @property
     def stored_dtype(self) -> str:
@@ -110,14 +142,15 @@ def build_network(config: CompareConfig, data: Images, variant: str) -> nn.Modul
     if config.value_dtype is not None:
         options["value_dtype"] = config.value_dtype
     seed_everything(config.train.seed)
-    return models.build(
+    network: nn.Module = models.build(
         config.model,
-        variant=variant,
+        variant="spatial" if variant == "compressed" else variant,
         num_classes=data.num_classes,
         in_channels=data.channels,
         image_size=data.image_size,
         **options,
     )
+    return compression.compress(network, codec=config.codec()) if variant == "compressed" else network
 
 
 def train_variant(
@@ -136,7 +169,7 @@ def train_variant(
 
     Args:
         config: what to train.
-        variant: ``"spatial"`` or ``"spectral"``.
+        variant: ``"spatial"``, ``"spectral"`` or ``"compressed"``.
         out_dir: directory for the checkpoint.
         data: images of your own instead of ``config.data``.
         title: name of the run for ``progress``; the variant where left out.
@@ -162,6 +195,8 @@ def train_variant(
         "paper": config.paper,
         "width": config.width,
     }
+    if variant == "compressed":
+        identity["codec"] = repr(config.codec())
     checkpoint = Checkpoint(Path(out_dir) / f"{variant}.pt", identity, fresh=fresh)
     result = train(
         model, data, config.train, title=title or variant, progress=progress, checkpoint=checkpoint, stop=stop
@@ -258,7 +293,7 @@ def compare(
         plots: draw the figures, which needs matplotlib.
 
     Returns:
-        What ``report.json`` holds: ``spatial``, ``spectral``, ``ratio`` (spectral over spatial), ``config``,
+        What ``report.json`` holds: ``spatial``, ``spectral`` (or ``compressed``), ``ratio`` (to spatial), ``config``,
         ``environment``; with several seeds the means, and ``runs`` with every seed's own report. With ``peers``, rows
         of that name: ``variant``, what :func:`spectriton.peers.measure_peers` gives, and ``ratio``, to the spatial
         network alone.
@@ -277,7 +312,7 @@ def compare(
     data = data if data is not None else config.load_data()
     configs = [replace(config, train=replace(config.train, seed=seed)) for seed in chosen]
     # Settings that the second twin refuses should not cost the first one's hours.
-    build_network(configs[0], data, "spectral")
+    build_network(configs[0], data, config.second)
     device = config.train.resolve_device()
     out = Path(out_dir)
     runs = []
@@ -285,14 +320,14 @@ def compare(
     for run in configs:
         place = out if len(configs) == 1 else out / f"seed-{run.train.seed}"
         networks = {}
-        for variant in VARIANTS:
+        for variant in ("spatial", config.second):
             networks[variant] = train_variant(
                 run, variant, place, data=data, progress=progress, fresh=fresh, stop=stop,
                 peers=names if run is configs[0] else (),
             )  # fmt: skip
             rows += [{"variant": variant, **row} for row in networks[variant].pop("peers", ())]
             release_memory()
-        runs.append(report.assemble(networks["spatial"], networks["spectral"], run.describe(), device))
+        runs.append(report.assemble(networks, run.describe(), device))
     result = runs[0] if len(runs) == 1 else report.merge(runs)
     if rows:
         result["peers"] = report.peer_rows(rows)

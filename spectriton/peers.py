@@ -7,7 +7,7 @@
 ``inplace-bn``  in-place activated batch norm (Rota Bulò et al. 2018, arXiv 1712.02616), of the package ``inplace_abn``
 ==============  ========================================================================================================
 
-Each is applied to a network and to its spectral twin alike, and measured as both are without it.
+Each is applied to a network and to what it is compared with alike, and measured as both are without it.
 """
 
 from __future__ import annotations
@@ -215,21 +215,24 @@ def _with_buffers(values: Mapping[nn.Module, dict[str, Tensor | None]]) -> Itera
 def _in_place(network: nn.Module) -> nn.Module:
     """Batch norms behind convolutions, each with the ReLU that follows, as in-place activated ones."""
     kind = importlib.import_module("inplace_abn").InPlaceABN
-    for container in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
-        layers = list(container.named_children())
-        for (_, conv), (name, activation) in pairwise(layers):
-            if isinstance(conv, NormConv2d) and isinstance(activation, nn.ReLU):
-                norm = conv.norm
-                conv.norm = kind(
-                    norm.num_features,
-                    eps=norm.eps,
-                    momentum=norm.momentum,
-                    activation="leaky_relu",
-                    activation_param=_SLOPE,
-                )
-                conv.norm.load_state_dict(norm.state_dict(), strict=False)
-                setattr(container, name, nn.Identity())
+    for conv, container, activation in _normed_and_activated(network):
+        norm = conv.norm
+        settings = {"eps": norm.eps, "momentum": norm.momentum}
+        conv.norm = kind(norm.num_features, activation="leaky_relu", activation_param=_SLOPE, **settings)
+        conv.norm.load_state_dict(norm.state_dict(), strict=False)
+        setattr(container, activation, nn.Identity())
     return network
+
+
+def _normed_and_activated(network: nn.Module) -> list[tuple[NormConv2d, nn.Sequential, str]]:
+    """Convolutions with batch norm that a ReLU follows, with the container and the name of that ReLU."""
+    return [
+        (conv, container, name)
+        for container in network.modules()
+        if isinstance(container, nn.Sequential)
+        for (_, conv), (name, activation) in pairwise(container.named_children())
+        if isinstance(conv, NormConv2d) and isinstance(activation, nn.ReLU)
+    ]
 
 
 def _offload_obstacle(model: nn.Module, config: TrainConfig) -> str | None:
@@ -241,7 +244,7 @@ def _bf16_obstacle(model: nn.Module, config: TrainConfig) -> str | None:
 
 
 def _in_place_obstacle(model: nn.Module, config: TrainConfig) -> str | None:
-    if not any(isinstance(module, NormConv2d) for module in model.modules()):
+    if not _normed_and_activated(model):
         return "no batch norm of maps behind a convolution"
     if importlib.util.find_spec("inplace_abn") is None:
         return "the package inplace_abn is not installed"

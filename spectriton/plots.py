@@ -8,13 +8,14 @@ from statistics import mean
 from typing import Any
 
 from spectriton import environment
-from spectriton.report import VARIANTS, conditions, networks
+from spectriton.report import conditions, networks, variants_of
 
 # Okabe and Ito's blue and vermillion; line style and hatching tell the two apart in grey as well. The dashed line lies
 # on top, so that both are seen where they agree.
 _STYLE = {
     "spatial": {"color": "#0072B2", "linestyle": "--", "marker": "s", "zorder": 4},
     "spectral": {"color": "#D55E00", "linestyle": "-", "marker": "o", "zorder": 3},
+    "compressed": {"color": "#009E73", "linestyle": "-", "marker": "^", "zorder": 3},
 }
 # Okabe and Ito's others, and markers that go with them, for networks beside one another.
 _NETWORKS = (
@@ -126,7 +127,8 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    density = report["spectral"].get("density", {})
+    other = variants_of(report)[1]
+    density = report[other].get("density", {})
     height = max(3.9, 2.2 + 0.22 * len(density))
     if "peers" in report:
         figure = _figure(9.0, height + 3.2)
@@ -142,7 +144,7 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
         ("average", "average_bytes"),
         ("peak", "peak_bytes"),
     )
-    for offset, variant in ((-0.2, "spatial"), (0.2, "spectral")):
+    for offset, variant in ((-0.2, "spatial"), (0.2, other)):
         heights = [report[variant][key] / _MIB for _, key in bars]
         drawn = left.bar(
             [position + offset for position in range(len(bars))],
@@ -154,7 +156,7 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
             linewidth=0,
             label=variant,
         )
-        if variant == "spectral":
+        if variant == other:
             ratios = [report["ratio"][key] for _, key in bars]
             left.bar_label(
                 drawn, ["" if ratio is None else f"{100 * ratio:.0f} %" for ratio in ratios], padding=2, fontsize=8
@@ -186,9 +188,10 @@ def _draw_peers(rows: Sequence[Mapping[str, Any]], figure: Any) -> None:
     """Memory of both networks alone and with each peer that could be measured, in percent of the spatial one alone."""
     measured = [row for row in rows if row["saved_bytes"] is not None]
     peers = list(dict.fromkeys(row["peer"] for row in measured))
+    variants = dict.fromkeys(row["variant"] for row in measured)
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (title, key) in zip(panels, _PEER_PANELS, strict=True):
-        for offset, variant in zip((-0.2, 0.2), VARIANTS, strict=True):
+        for offset, variant in zip((-0.2, 0.2), variants, strict=True):
             shown = [row for row in measured if row["variant"] == variant]
             drawn = axes.barh(
                 [peers.index(row["peer"]) + offset for row in shown],
@@ -205,6 +208,39 @@ def _draw_peers(rows: Sequence[Mapping[str, Any]], figure: Any) -> None:
         axes.margins(x=0.12)
         _tidy(axes, "x")
     panels[0].invert_yaxis()
+
+
+def draw_gradients(gradients: Mapping[str, Any], path: Path, title: str = "Gradients from compressed maps") -> None:
+    """Cosine and norm ratio of every weight's gradient against the exact one, from the first layer to the last.
+
+    Args:
+        gradients: as :meth:`spectriton.compression.GradientReport.to_dict` gives it.
+        path: PNG to write.
+        title: of the figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    rows = [*gradients["layers"], {**gradients["total"], "name": "all parameters"}]
+    figure = _figure(9.0, max(3.0, 1.4 + 0.17 * len(rows)))
+    places = range(len(rows))
+    panels = figure.subplots(1, 2, sharey=True)
+    colours = (_STYLE["spatial"]["color"], _STYLE["spectral"]["color"])
+    panels[0].barh(places, [row["cosine"] for row in rows], color=colours[0], height=0.7)
+    panels[0].plot([row["worst_cosine"] for row in rows], places, "k|", markersize=6, label="worst batch")
+    panels[0].set_title("cosine", loc="left", fontsize=10)
+    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+    panels[1].barh(places, [row["norm_ratio"] for row in rows], color=colours[1], height=0.7)
+    panels[1].set_title("norm over exact norm", loc="left", fontsize=10)
+    panels[0].set_yticks(places, [row["name"] for row in rows], fontsize=7)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    for axes in panels:
+        axes.axvline(1, color="black", linewidth=0.8)
+        _tidy(axes, "x")
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.supxlabel(f"{gradients['codec']}; {gradients['batches']} batches", fontsize=7, color=_GREY)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def draw_thresholds(result: Mapping[str, Any], path: Path) -> None:

@@ -16,9 +16,9 @@ import torch
 from spectriton import environment
 from spectriton.train import Progress
 
-#: The two networks, in the order they are trained and shown.
-VARIANTS = ("spatial", "spectral")
-#: What ``ratio`` holds, spectral over spatial.
+#: The networks, in the order they are trained and shown; a comparison has the first and one of the others.
+VARIANTS = ("spatial", "spectral", "compressed")
+#: What ``ratio`` holds, of the other network over the spatial one.
 RATIO_KEYS = (
     "test_accuracy",
     "peak_bytes",
@@ -53,21 +53,26 @@ _ROWS = (
 
 
 def assemble(
-    spatial: dict[str, Any], spectral: dict[str, Any], config: dict[str, Any], device: torch.device | None = None
+    networks: Mapping[str, dict[str, Any]], config: dict[str, Any], device: torch.device | None = None
 ) -> dict[str, Any]:
-    """A report of two networks' results, with ratios and the environment."""
+    """A report of two networks' results by variant, the spatial one first, with ratios and the environment."""
+    spatial, other = networks.values()
     return {
-        "spatial": spatial,
-        "spectral": spectral,
-        "ratio": ratios(spatial, spectral),
+        **networks,
+        "ratio": ratios(spatial, other),
         "config": config,
         "environment": environment.collect(device),
     }
 
 
-def ratios(spatial: Mapping[str, Any], spectral: Mapping[str, Any]) -> dict[str, float | None]:
+def ratios(spatial: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float | None]:
     """One network's figures over another's; ``None`` where that is over zero."""
-    return {key: spectral[key] / spatial[key] if spatial[key] else None for key in RATIO_KEYS}
+    return {key: other[key] / spatial[key] if spatial[key] else None for key in RATIO_KEYS}
+
+
+def variants_of(report: Mapping[str, Any]) -> list[str]:
+    """The networks that a report has."""
+    return [variant for variant in VARIANTS if variant in report]
 
 
 def peer_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -87,7 +92,7 @@ def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One report of several seeds' reports: means everywhere, ratios of the means, and the reports as ``runs``."""
     config = {**runs[0]["config"], "seeds": [run["config"]["seed"] for run in runs]}
     del config["seed"]
-    merged = assemble(mean_of([run["spatial"] for run in runs]), mean_of([run["spectral"] for run in runs]), config)
+    merged = assemble({variant: mean_of([run[variant] for run in runs]) for variant in variants_of(runs[0])}, config)
     return {**merged, "environment": runs[0]["environment"], "runs": list(runs)}
 
 
@@ -125,6 +130,8 @@ def conditions(report: Mapping[str, Any]) -> str:
     kept = f"{config['value_dtype']} values"
     if "threshold" in config:
         kept = f"threshold {config['threshold']:g}, {kept}"
+    if config.get("method") == "compress":
+        kept = f"maps compressed by {config['codec']}"
     seeds = config.get("seeds")
     parts = [
         f"{networks(config)} on {config['data']}",
@@ -179,14 +186,14 @@ def _cell(key: str, report: Mapping[str, Any], variant: str) -> str:
 
 
 def rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The final table as text, its header first: what, each network, and spectral against spatial where both are."""
-    variants = [variant for variant in VARIANTS if variant in report]
+    """The final table as text, its header first: what, each network, and, where both are, the one over the other."""
+    variants = variants_of(report)
     both = len(variants) == 2
-    table: list[tuple[str, ...]] = [("", *variants, *(["spectral / spatial"] if both else []))]
+    table: list[tuple[str, ...]] = [("", *variants, *([f"{variants[1]} / spatial"] if both else []))]
     for title, key in _ROWS:
         row = [title, *(_cell(key, report, variant) for variant in variants)]
         if both and key == "test_accuracy":
-            row.append(f"{100 * (report['spectral'][key] - report['spatial'][key]):+.2f} points")
+            row.append(f"{100 * (report[variants[1]][key] - report['spatial'][key]):+.2f} points")
         elif both:
             ratio = report["ratio"][key]
             row.append("" if ratio is None else f"{100 * ratio:.1f} %")

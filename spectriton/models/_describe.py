@@ -70,6 +70,15 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """The sum of a branch and of the input (or of ``shortcut`` of it), and ReLU; in the original only."""
+
+    name: str
+    branch: tuple[Conv, ...]
+    shortcut: Conv | None = None
+
+
+@dataclass(frozen=True)
 class Pool:
     """Maximum ("max") or mean ("avg") of windows; the step is the window where it is left out.
 
@@ -117,7 +126,7 @@ class Linear:
     last: bool = False
 
 
-Layer = Conv | NormActivation | Dense | Pool | GlobalAvgPool | Flatten | Dropout | Linear
+Layer = Conv | NormActivation | Dense | Residual | Pool | GlobalAvgPool | Flatten | Dropout | Linear
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,22 @@ class DenseMaps(nn.Sequential):
         return x
 
 
+class ResidualMaps(nn.Module):
+    """``relu(branch(x) + shortcut(x))`` of maps ``(B, C, H, W)``."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut
+        self.activation = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.branch(x)
+        y += self.shortcut(x)
+        maps: Tensor = self.activation(y)
+        return maps
+
+
 class DensePacked(nn.Sequential):
     """Dense connections of packed spectra: each is stored once, and the concatenation is a list of them."""
 
@@ -250,6 +275,9 @@ def spatial_network(layers: Sequence[Layer]) -> nn.Sequential:
             modules[f"{layer.name}_activation"] = nn.ReLU(inplace=True)
         elif isinstance(layer, Dense):
             modules[layer.name] = DenseMaps(_numbered(layer, spatial_network))
+        elif isinstance(layer, Residual):
+            shortcut = nn.Identity() if layer.shortcut is None else spatial_network([layer.shortcut])
+            modules[layer.name] = ResidualMaps(spatial_network(layer.branch), shortcut)
         elif isinstance(layer, Pool):
             pool = nn.MaxPool2d if layer.kind == "max" else nn.AvgPool2d
             modules[layer.name] = pool(layer.kernel_size, layer.stride, layer.padding)
@@ -300,6 +328,9 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
                     ),
                 )
             )
+        elif isinstance(layer, Residual):
+            fix = "build the spatial variant, and let spectriton.compress reduce its memory"
+            fail("models.build", "variant", "'spectral'", "'spatial' for a network with residual sums", fix)
         elif isinstance(layer, Pool):
             if layer.padding:
                 leave(layer.name)

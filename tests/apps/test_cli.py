@@ -43,6 +43,14 @@ def test_compare_writes_everything_and_prints_a_table(
     assert "already trained" in capsys.readouterr().err
 
 
+def test_compare_with_compressed_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--method", "compress", "--transform", "none", "--bits", "2"]
+    assert run("compare", *settings, "--out", str(tmp_path), *QUICK) == 0
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert "QuantiseCodec(bits=2" in result["config"]["codec"] and result["compressed"]["saved_bytes"] > 0
+    assert "compressed / spatial" in capsys.readouterr().out
+
+
 def test_train_writes_a_checkpoint_and_a_report(tmp_path: Path, fake_models: list[dict[str, object]]) -> None:
     assert run("train", "--variant", "spectral", "--seed", "7", "--paper", "--out", str(tmp_path), *QUICK) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "report.json", "spectral.pt"]
@@ -68,6 +76,8 @@ def test_seeds(tmp_path: Path, fake_models: list[dict[str, object]], capsys: pyt
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "many"], "--epochs"),
         (["--train-limit", "0"], "train_limit"),
+        (["--method", "compres"], "did you mean 'compress'"),
+        (["--method", "compress", "--bits", "77"], "bits"),
         (["--optimizer", "sdg"], "did you mean 'sgd'"),
         (["--value-dtype", "float23"], "did you mean 'float32'"),
         (["--device", "tpu"], "--device"),

@@ -16,7 +16,7 @@ import torch
 from apps_standins import made_up_data
 
 from spectriton import compare as sc
-from spectriton import plots, report
+from spectriton import compression, plots, report
 from spectriton.compare import CompareConfig, compare
 from spectriton.data import ImageData
 from spectriton.train import Silent, TrainConfig
@@ -44,7 +44,7 @@ class Watch(Silent):
     """Counts the steps of each network; may raise after one."""
 
     def __init__(self, kill: tuple[str, int] | None = None) -> None:
-        self.steps = {"spatial": 0, "spectral": 0}
+        self.steps: dict[str, int] = {"spatial": 0, "spectral": 0}
         self.kill = kill
         self.title = ""
 
@@ -52,7 +52,7 @@ class Watch(Silent):
         self.title = title
 
     def step(self, epoch: int, batch: int) -> None:
-        self.steps[self.title] += 1
+        self.steps[self.title] = self.steps.get(self.title, 0) + 1
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         if (self.title, record["epoch"]) == self.kill:
@@ -235,7 +235,7 @@ def test_bad_settings_are_refused(change: dict[str, Any], said: str) -> None:
 
 def test_ratios_over_zero_are_none() -> None:
     network: dict[str, Any] = dict.fromkeys(NUMBERS, 1)
-    result = report.assemble({**network, "test_accuracy": 0}, network, CONFIG.describe())
+    result = report.assemble({"spatial": {**network, "test_accuracy": 0}, "spectral": network}, CONFIG.describe())
     assert result["ratio"]["test_accuracy"] is None and result["ratio"]["saved_bytes"] == 1
 
 
@@ -302,3 +302,50 @@ def test_a_real_spectral_network_resumes_exactly_and_saves_less(tmp_path: Path) 
     assert len(whole["density"]) >= 3 and all(0 < density <= 1 for density in whole["density"].values())
     spatial = sc.measure_step(sc.build_network(config, data, "spatial"), data, config.train)
     assert whole["saved_bytes"] < 0.5 * spatial["saved_bytes"]
+
+
+def test_a_network_with_compressed_maps(tmp_path: Path) -> None:
+    """It is the original, so it starts with the same numbers, and it goes on where it was cut short."""
+    config = CompareConfig(
+        method="compress",
+        transform="none",
+        bits=4,
+        train_limit=64,
+        test_limit=16,
+        train=TrainConfig(epochs=2, batch_size=32, device="cpu", lr=0.01),
+    )
+    data = config.load_data()
+    result = compare(config, tmp_path / "whole", data=data)
+    assert list(result) == ["spatial", "compressed", "ratio", "config", "environment"]
+    spatial, compressed = result["spatial"], result["compressed"]
+    assert compressed["parameter_bytes"] == spatial["parameter_bytes"]
+    assert result["ratio"]["saved_bytes"] == compressed["saved_bytes"] / spatial["saved_bytes"] < 0.7
+    assert "QuantiseCodec(bits=4" in result["config"]["codec"] and result["config"]["method"] == "compress"
+    assert (tmp_path / "whole" / "memory.png").exists()
+    with pytest.raises(Killed):
+        sc.train_variant(config, "compressed", tmp_path / "cut", data=data, progress=Watch(("compressed", 1)))
+    assert lasting(sc.train_variant(config, "compressed", tmp_path / "cut", data=data)) == lasting(compressed)
+    with pytest.raises(ValueError, match=r"compressed\.pt.*bits=4.*bits=2"):
+        sc.train_variant(dataclasses.replace(config, bits=2), "compressed", tmp_path / "cut", data=data)
+    stream = io.StringIO()
+    report.print_report(result, stream)
+    assert "compressed / spatial" in stream.getvalue() and "maps compressed by QuantiseCodec" in stream.getvalue()
+    merged = report.merge([result, result])
+    assert merged["compressed"] == compressed and merged["ratio"] == result["ratio"]
+
+
+def test_settings_of_the_codec_are_checked() -> None:
+    with pytest.raises(ValueError, match="did you mean 'compress'"):
+        CompareConfig(method="compressed")
+    with pytest.raises(ValueError, match="density"):
+        CompareConfig(method="compress", density=2.0)
+    assert not {"density", "bits", "transform", "codec"} & CONFIG.describe().keys()
+
+
+def test_figure_of_gradients(tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+    compression.compress(network, bits=2, transform="none")
+    batch = torch.randn(2, 1, 12, 12), torch.zeros(2)
+    result = compression.gradient_report(network, [batch], loss=lambda y, _: y.square().mean())
+    plots.draw_gradients(result.to_dict(), tmp_path / "new" / "gradients.png")
+    assert (tmp_path / "new" / "gradients.png").read_bytes().startswith(b"\x89PNG")

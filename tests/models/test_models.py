@@ -29,6 +29,8 @@ def test_lenet_is_the_published_one():
         ("vgg16", 224, 1000, 138_357_544),
         ("vgg16_bn", 224, 1000, 138_365_992),
         ("vgg16_bn", 32, 10, 14_728_266),
+        ("resnet18", 224, 1000, 11_689_512),
+        ("resnet18", 32, 10, 11_173_962),
         ("densenet", 32, 10, 769_162),
         ("densenet40", 32, 10, 176_122),
         ("densenet121", 224, 1000, 7_978_856),
@@ -56,6 +58,8 @@ def test_originals_take_small_and_large_images(name: str, size: int):
         ("alexnet", 224, {"conv1": 55, "pool1": 27, "conv2": 27, "pool2": 13, "conv5": 13, "pool5": 6}),
         ("vgg16_bn", 32, {"conv1_1": 32, "conv2_1": 16, "conv5_3": 2, "pool5": 1}),
         ("vgg16", 224, {"conv1_1": 224, "conv3_3": 56, "conv5_3": 14, "pool5": 7}),
+        ("resnet18", 64, {"conv1": 64, "layer1_2": 64, "layer2_1": 32, "layer4_2": 8}),
+        ("resnet18", 224, {"conv1": 112, "pool1": 56, "layer1_1": 56, "layer4_2": 7}),
         ("densenet", 32, {"conv0": 32, "block1": 32, "block2": 16, "block3": 8}),
         ("densenet121", 32, {"conv0": 32, "block1": 32, "block4": 4}),
         ("densenet121", 224, {"conv0": 112, "pool0": 56, "block1": 56, "transition1_pool": 28, "block4": 7}),
@@ -106,6 +110,7 @@ def test_width_scales_channels(name: str):
     ("name", "layer", "deviation"),
     [
         ("vgg16_bn", "conv2_1", (2 / (128 * 9)) ** 0.5),  # by outputs
+        ("resnet18", "layer2_1.shortcut.shortcut", (2 / 128) ** 0.5),  # by outputs
         ("densenet121", "block1.layer1.conv2", (2 / (128 * 9)) ** 0.5),  # by inputs
         ("alexnet", "conv2", (1 / (3 * 64 * 25)) ** 0.5),  # uniform, as PyTorch does
     ],
@@ -119,6 +124,18 @@ def test_initial_values_are_as_published(name: str, layer: str, deviation: float
         network = models.build(name, "spatial", 10, 3, 32)
         assert float(network.fc.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
         assert not network.conv1_1.bias.any() and not network.fc.bias.any()
+
+
+def test_residual_sums():
+    torch.manual_seed(0)
+    network = models.build("resnet18", "spatial", 10, 1, 28, width=0.0625).eval()
+    block = network.layer2_1
+    x = torch.randn(2, 4, 9, 9)
+    y = block.branch.conv1(x).relu()
+    assert y.shape == (2, 8, 5, 5)
+    expected = (block.branch.conv2(y) + block.shortcut.shortcut(x)).relu()
+    torch.testing.assert_close(block(x), expected)
+    assert isinstance(network.layer2_2.shortcut, nn.Identity)
 
 
 @pytest.mark.parametrize("size", [12, 28, 29, 32])
@@ -196,6 +213,7 @@ def test_twin_saves_less():
         ("alexnet", {"image_size": 36}, ValueError, "multiple of 8"),
         ("vgg16", {"image_size": 28}, ValueError, "at least 32"),
         ("densenet", {"image_size": 3}, ValueError, "at least 4"),
+        ("resnet18", {}, ValueError, "residual sums.*spectriton.compress"),
         ("lenet", {"width": 0.0}, ValueError, "width got 0"),
         ("lenet", {"width": "half"}, ValueError, "width got half"),
         ("lenet", {"treshold": 0.5}, TypeError, "option got 'treshold'"),

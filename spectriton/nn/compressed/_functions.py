@@ -1,0 +1,497 @@
+"""The differentiable functions behind the modules: forward is PyTorch's own, backward works on what was kept.
+
+Every function keeps its tensors with ``save_for_backward`` (through :func:`keep`), so that saved-tensor hooks see them
+and they are gone after backward. Dense maps are made right before they are used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional
+
+from spectriton._check import fail
+from spectriton.nn.compressed._bits import bits_for, clear, pack, unpack
+from spectriton.nn.compressed._recipes import Recipe, keep, kept, without_autocast
+
+aten = torch.ops.aten
+
+# Argmax positions are int64 on their way to a code; this many of them at a time.
+_POSITIONS = 1 << 20
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that cannot be differentiated and does not care for autocast."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            fix = "call spectriton.decompress(model) first where second derivatives are needed"
+            fail("spectriton.compress", "backward", "create_graph=True", "create_graph=False", fix, RuntimeError)
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with without_autocast(grads[0].device):
+            return backward(ctx, *grads)
+
+    return run
+
+
+def _stand_in(grad: Tensor, shape: Any) -> Tensor:
+    """A tensor of a shape that takes no memory, for operators that look only at the shape of their input."""
+    return grad.new_zeros(1).expand(shape)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The padding of a convolution that the operator itself cannot do.
+
+    Attributes:
+        pads: left, right, top, bottom.
+        mode: as in ``torch.nn.functional.pad``.
+    """
+
+    pads: tuple[int, ...]
+    mode: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.pad(x, self.pads, self.mode)
+
+    def adjoint(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of an input of a shape from that of the padded input."""
+        if self.mode == "constant":
+            return functional.pad(grad, tuple(-n for n in self.pads))
+        with torch.enable_grad():
+            # Padding is linear: only the shape matters.
+            x = grad.new_zeros(shape).requires_grad_()
+            return torch.autograd.grad(self(x), x, grad)[0]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution walks over its input; ``pad`` comes before, ``padding`` is the operator's own."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    pad: Padding | None
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Geometry:
+        pad = None
+        padding: tuple[int, ...] = (0, 0)
+        same = tuple(conv._reversed_padding_repeated_twice)
+        if conv.padding_mode != "zeros":
+            pad = Padding(same, conv.padding_mode)
+        elif conv.padding == "same":
+            if same[::2] == same[1::2]:
+                padding = (same[2], same[0])
+            else:
+                pad = Padding(same, "constant")
+        elif not isinstance(conv.padding, str):
+            padding = tuple(conv.padding)
+        return cls(tuple(conv.stride), padding, tuple(conv.dilation), conv.groups, pad)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+        """Gradients of (padded) input, weight and bias, as far as the mask asks for them."""
+        bias = [weight.shape[0]] if mask[2] else None
+        geometry = (self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
+        gradients: tuple[Tensor | None, ...] = aten.convolution_backward(grad, x, weight, bias, *geometry, mask)
+        return gradients
+
+
+class Convolution(Function):
+    """``nn.Conv2d`` that keeps a recipe of its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe | None, conv: nn.Conv2d
+    ) -> Tensor:
+        ctx.geometry = Geometry.of(conv)
+        ctx.shape, ctx.weight_shape = x.shape, weight.shape
+        keep(ctx, recipe, weight if ctx.needs_input_grad[0] else None)
+        # Detached, because autocast would cache its copy of a parameter, made here without a graph, for others.
+        return nn.Conv2d._conv_forward(conv, x, weight.detach(), None if bias is None else bias.detach())
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), recipe = kept(ctx, 1)
+        geometry: Geometry = ctx.geometry
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = grad_bias = None
+        if needs_weight:
+            assert recipe is not None
+            x = recipe.decode(grad.dtype)
+            if geometry.pad is not None:
+                x = geometry.pad(x)
+            stand_in = _stand_in(grad, ctx.weight_shape)
+            _, grad_weight, grad_bias = geometry.backward(grad, x, stand_in, [False, True, needs_bias])
+            # The decoded input is gone before its gradient is made.
+            del x
+        elif needs_bias:
+            grad_bias = grad.sum((0, 2, 3))
+        if needs_x:
+            shape = list(ctx.shape)
+            if geometry.pad is not None:
+                left, right, top, bottom = geometry.pad.pads
+                shape[-1] += left + right
+                shape[-2] += top + bottom
+            stand_in = _stand_in(grad, shape)
+            grad_x, _, _ = geometry.backward(grad, stand_in, weight.to(grad.dtype), [True, False, False])
+            if geometry.pad is not None and grad_x is not None:
+                grad_x = geometry.pad.adjoint(grad_x, ctx.shape)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+class BatchNorm(Function):
+    """Batch norm that keeps a recipe of its input; gives the result, and the statistics it took from the batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        recipe: Recipe | None,
+        running: tuple[Tensor | None, Tensor | None],
+        of_batch: bool,
+        momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        enabled = torch.backends.cudnn.enabled
+        settings = (*running, of_batch, momentum, eps, enabled)
+        y, mean, invstd, reserve, ctx.kind = torch._batch_norm_impl_index(x, weight, bias, *settings)
+        ctx.of_batch, ctx.eps = of_batch, eps
+        # The running statistics of a network in training mode change with the next batch.
+        statistics = (None, None, mean, invstd) if of_batch else (*running, mean, invstd)
+        keep(ctx, recipe, weight, *statistics, reserve)
+        ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)
+        return y, mean, invstd
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (weight, mean, var, batch_mean, invstd, reserve), recipe = kept(ctx, 6)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = grad_bias = None
+        if needs_weight or (needs_x and ctx.of_batch):
+            assert recipe is not None
+            x = recipe.decode(grad.dtype)
+            statistics = (mean, var, batch_mean, invstd, ctx.of_batch, ctx.eps)
+            mask = [needs_x, needs_weight, needs_bias]
+            grad_x, grad_weight, grad_bias = aten._batch_norm_impl_index_backward(
+                ctx.kind, x, grad, weight, *statistics, mask, reserve
+            )
+        else:
+            if needs_x:
+                factor = torch.rsqrt(var + ctx.eps)
+                factor = factor if weight is None else factor * weight
+                grad_x = (grad * factor.view(-1, 1, 1)).to(grad.dtype)
+            if needs_bias:
+                grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, *(None,) * 5
+
+
+def normalise(x: Tensor, own: tuple[Tensor, ...], *, weighted: bool, biased: bool, eps: float | None) -> Tensor:
+    """Step of a recipe: batch norm with known statistics.
+
+    Args:
+        x: maps, written over.
+        own: ``(C,)`` mean, and inverse deviation or (with ``eps``) variance; then weight and bias.
+        weighted, biased: whether there are these.
+        eps: added to the variance.
+    """
+    mean, scale, *parameters = own
+    if eps is not None:
+        scale = torch.rsqrt(scale + eps)
+    if weighted:
+        scale = scale * parameters[0]
+    shift = -mean * scale
+    if biased:
+        shift = shift + parameters[-1]
+    return x.mul_(scale.view(-1, 1, 1)).add_(shift.view(-1, 1, 1))
+
+
+@dataclass(frozen=True)
+class Rectifier:
+    """``x`` between 0 and ``limit``, ``slope * x`` below, ``limit`` above: ReLU, leaky ReLU, ReLU6.
+
+    Backward needs one bit a value: whether ``x`` lies outside.
+    """
+
+    slope: float = 0.0
+    limit: float = float("inf")
+
+    def outside(self, x: Tensor) -> Tensor:
+        """The bits of maps ``(B, C, H, W)``, in the order of memory, packed."""
+        flat = _in_memory_order(x.detach()).reshape(-1)
+        # NaN lies inside, as PyTorch has it.
+        outside = flat <= 0
+        if self.limit != float("inf"):
+            outside |= flat >= self.limit
+        return pack(outside, 1)
+
+    def __call__(self, x: Tensor, inplace: bool) -> Tensor:
+        if self.limit != float("inf"):
+            return functional.relu6(x, inplace)
+        if self.slope:
+            return functional.leaky_relu(x, self.slope, inplace)
+        return functional.relu(x, inplace)
+
+    def rebuild(self, x: Tensor, own: tuple[Tensor, ...], *, channels_last: bool) -> Tensor:
+        """Step of a recipe: the result from decoded maps, which are written over, and the exact bits."""
+        if not self.slope and self.limit == float("inf"):
+            return _cleared(x.clamp_(min=0), own[0], channels_last)
+        outside = _as_mask(own[0], x.shape, channels_last)
+        if self.limit != float("inf"):
+            ends = torch.where(x > self.limit / 2, self.limit, 0.0).to(x.dtype)
+            return torch.where(outside, ends, x.clamp_(0, self.limit))
+        return torch.where(outside, x.clamp(max=0) * self.slope, x.clamp_(min=0))
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1) if is_channels_last(x) else x
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _as_mask(packed: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    """The bits of :meth:`Rectifier.outside` as a bool tensor ``(B, C, H, W)``."""
+    flat = unpack(packed, 1, shape.numel()).view(torch.bool)
+    if not channels_last:
+        return flat.view(shape)
+    batch, channels, height, width = shape
+    return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _cleared(x: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
+    """``x`` ``(B, C, H, W)`` with zeros where the bits of :meth:`Rectifier.outside` say so.
+
+    ``x`` is written over where it stands in memory in the order of the bits.
+    """
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    clear((x.permute(0, 2, 3, 1) if channels_last else x).view(-1), packed)
+    return x
+
+
+class Rectify(Function):
+    """A :class:`Rectifier`, of which only the bits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, outside: Tensor, rectifier: Rectifier, inplace: bool) -> Tensor:
+        ctx.rectifier, ctx.channels_last = rectifier, is_channels_last(x)
+        ctx.save_for_backward(outside)
+        if inplace:
+            ctx.mark_dirty(x)
+        return rectifier(x, inplace)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (packed,) = ctx.saved_tensors
+        slope = ctx.rectifier.slope
+        if slope:
+            outside = _as_mask(packed, grad.shape, ctx.channels_last)
+            return torch.where(outside, grad * slope, grad), None, None, None
+        return _cleared(grad.clone(), packed, ctx.channels_last), None, None, None
+
+
+class Activate(Function):
+    """An elementwise function that keeps a recipe of its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        recipe: Recipe,
+        function: Callable[..., Tensor],
+        derivative: Callable[[Tensor, Tensor], Tensor],
+        inplace: bool,
+    ) -> Tensor:
+        ctx.derivative = derivative
+        keep(ctx, recipe)
+        if inplace:
+            ctx.mark_dirty(x)
+        return function(x, inplace=inplace)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, recipe = kept(ctx, 0)
+        assert recipe is not None
+        return ctx.derivative(grad, recipe.decode(grad.dtype)), None, None, None, None
+
+
+@dataclass(frozen=True)
+class Window:
+    """The windows of maximum pooling over maps ``(B, C, H, W)``.
+
+    Where a maximum stands in its window is a code of 2 bits for 2x2 windows, 4 for 3x3 and 4x4, at most 8.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil_mode: bool
+
+    @property
+    def positions(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    def _settings(self) -> tuple[Any, ...]:
+        return self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode
+
+    def _corners(self, outputs: torch.Size, width: int, device: torch.device) -> Tensor:
+        """``(Ho, Wo)`` int64: position of each window's first element in a flattened map; outside it where padded."""
+        rows, columns = (
+            torch.arange(n, device=device) * s - p
+            for n, s, p in zip(outputs[-2:], self.stride, self.padding, strict=True)
+        )
+        return rows[:, None] * width + columns
+
+    def _distances(self, width: int, device: torch.device) -> Tensor:
+        """``(positions,)`` int64: of each element of a window from its first, in a flattened map."""
+        rows, columns = (torch.arange(k, device=device) * d for k, d in zip(self.kernel, self.dilation, strict=True))
+        return (rows[:, None] * width + columns).flatten()
+
+    def _parts(self, outputs: torch.Size) -> Iterator[slice]:
+        """Images so many at a time that their int64 positions stay small."""
+        step = max(1, _POSITIONS // max(1, outputs[1:].numel()))
+        for first in range(0, outputs[0], step):
+            yield slice(first, first + step)
+
+    def pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The maxima, and the packed codes in the order of ``(B, C, Ho, Wo)``."""
+        width = x.shape[-1]
+        distances = self._distances(width, x.device)
+        rows, columns = ((k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True))
+        code_of = torch.zeros(rows * width + columns + 1, dtype=torch.uint8, device=x.device)
+        code_of[distances] = torch.arange(self.positions, device=x.device).to(torch.uint8)
+        results, codes = [], []
+        step = max(1, _POSITIONS * self.stride[0] * self.stride[1] // max(1, x.shape[1:].numel()))
+        for part in x.split(step):
+            y, index = functional.max_pool2d(
+                part, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode, return_indices=True
+            )
+            index = index.sub_(self._corners(y.shape, width, x.device))
+            codes.append(code_of.index_select(0, index.flatten()))
+            results.append(y)
+        y = results[0] if len(results) == 1 else torch.cat(results)
+        return y, pack(torch.cat(codes), bits_for(self.positions))
+
+    def _index(self, packed: Tensor, outputs: torch.Size, width: int) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the batch, and the positions ``(b, C, Ho, Wo)`` int64 of their maxima."""
+        codes = unpack(packed, bits_for(self.positions), outputs.numel()).view(outputs)
+        corners = self._corners(outputs, width, packed.device)
+        distances = self._distances(width, packed.device)
+        for part in self._parts(outputs):
+            chosen = codes[part]
+            yield part, distances.index_select(0, chosen.flatten().int()).view(chosen.shape) + corners
+
+    def spread(self, grad: Tensor, packed: Tensor, shape: torch.Size) -> Tensor:
+        """The adjoint of :meth:`pool`: the gradient of maps of a shape."""
+        parts = []
+        for part, index in self._index(packed, grad.shape, shape[-1]):
+            above = grad[part].contiguous()
+            stand_in = _stand_in(grad, (len(above), *shape[1:]))
+            parts.append(aten.max_pool2d_with_indices_backward(above, stand_in, *self._settings(), index))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def gather(self, x: Tensor, own: tuple[Tensor, ...], *, outputs: torch.Size) -> Tensor:
+        """Step of a recipe: the values of decoded maps where the maxima were."""
+        y = x.new_empty(outputs)
+        for part, index in self._index(own[0], outputs, x.shape[-1]):
+            y[part] = x[part].flatten(2).gather(2, index.flatten(2)).view_as(index)
+        return y
+
+
+class MaxPool(Function):
+    """Maximum pooling that keeps codes; gives the maxima and the codes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        ctx.window, ctx.shape = window, x.shape
+        y, codes = window.pool(x)
+        ctx.save_for_backward(codes)
+        ctx.mark_non_differentiable(codes)
+        ctx.set_materialize_grads(False)
+        return y, codes
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (codes,) = ctx.saved_tensors
+        return ctx.window.spread(grad, codes, ctx.shape), None
+
+
+class Average(Function):
+    """A mean over windows, which keeps nothing.
+
+    ``function`` gives the means of ``x``; ``derivative`` the gradient, of that of the result and of a tensor of the
+    shape of ``x``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        ctx.shape, ctx.derivative = x.shape, derivative
+        return function(x)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.derivative(grad.contiguous(), _stand_in(grad, ctx.shape)), None, None
+
+
+class Drop(Function):
+    """Dropout that keeps one bit a value; gives the result and the packed bits of what was dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> tuple[Tensor, Tensor]:
+        if x.is_cuda:
+            y, stays = torch.native_dropout(x, p, True)
+            if inplace:
+                y = x.copy_(y)
+        else:
+            # PyTorch multiplies by noise; of ones, it gives the noise.
+            noise = functional.dropout(torch.ones_like(x), p)
+            stays = noise != 0
+            y = x.mul_(noise) if inplace else x * noise
+        if inplace:
+            ctx.mark_dirty(x)
+        dropped = pack(stays.logical_not().reshape(-1), 1)
+        ctx.p = p
+        ctx.save_for_backward(dropped)
+        ctx.mark_non_differentiable(dropped)
+        ctx.set_materialize_grads(False)
+        return y, dropped
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return drop_again(grad.clone(), ctx.saved_tensors, p=ctx.p), None, None
+
+
+def drop_again(x: Tensor, own: tuple[Tensor, ...], *, p: float) -> Tensor:
+    """Step of a recipe, and the derivative: what was dropped becomes zero, the rest is scaled.
+
+    Args:
+        x: written over.
+        own: the packed bits.
+        p: the probability.
+    """
+    x = x.mul_(x.new_ones(()).div_(1 - p)).contiguous()
+    clear(x.view(-1), own[0])
+    return x

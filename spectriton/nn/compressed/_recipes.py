@@ -1,0 +1,204 @@
+"""How a tensor that backward needs is rebuilt, and how that knowledge travels from one module to the next.
+
+A recipe names a stored copy of some maps (:class:`Stored`, or :class:`Exact` for a tensor that is alive anyway) and the
+steps that lead from them to the tensor (:class:`Derived`). A module that makes a tensor with a recipe leaves a note on
+it; the next module finds the recipe there and keeps the same storage instead of a copy of its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from spectriton.codec import Codec, Encoded
+
+__all__ = ["Derived", "Exact", "Recipe", "Stored", "keep", "kept", "known_recipe", "leave_note", "recipe_of"]
+
+#: Maps with fewer values than this are kept as they are: a spectrum of 3x3 frequencies has nothing to leave out.
+SMALLEST_MAP = 16
+
+_NOTE = "_spectriton_note"
+
+
+class Exact:
+    """A tensor that is kept as it is."""
+
+    held = True
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensors: tuple[Tensor, ...] = (tensor,)
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Exact:
+        return Exact(tensors[0])
+
+    def hold(self) -> None:
+        pass
+
+    def decode(self, dtype: torch.dtype, own: bool = False) -> Tensor:
+        return self.tensors[0].detach().to(dtype, copy=own)
+
+
+class Stored:
+    """Maps that a codec has encoded.
+
+    Attributes:
+        held: some node of the graph keeps them until backward, so that using them again costs no storage.
+    """
+
+    def __init__(self, encoded: Encoded) -> None:
+        self.encoded = encoded
+        self.held = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.encoded.tensors)
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Stored:
+        return Stored(self.encoded.with_tensors(tuple(tensors)))
+
+    def hold(self) -> None:
+        self.held = True
+
+    def decode(self, dtype: torch.dtype, own: bool = False) -> Tensor:
+        return self.encoded.decode(dtype)
+
+
+class Derived:
+    """What a module made of a tensor that has a recipe.
+
+    Args:
+        source: recipe of the module's input.
+        step: function of (input, ``own``) that gives the output. It may write into the input, and must hold no tensor.
+        own: tensors that the step needs.
+    """
+
+    def __init__(
+        self, source: Recipe, step: Callable[[Tensor, tuple[Tensor, ...]], Tensor], own: Sequence[Tensor] = ()
+    ) -> None:
+        self.source = source
+        self.step = step
+        self.own = tuple(own)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.source.tensors + self.own
+
+    @property
+    def held(self) -> bool:
+        return self.source.held
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Derived:
+        count = len(tensors) - len(self.own)
+        return Derived(self.source.with_tensors(tensors[:count]), self.step, tensors[count:])
+
+    def hold(self) -> None:
+        self.source.hold()
+
+    def decode(self, dtype: torch.dtype, own: bool = False) -> Tensor:
+        return self.step(self.source.decode(dtype, own=True), self.own)
+
+
+#: All three have ``tensors`` (flat, for ``save_for_backward``), ``with_tensors`` (the same around other tensors),
+#: ``hold`` and ``held``, and ``decode(dtype, own)``, which gives the dense tensor, to be written to only with ``own``.
+Recipe = Exact | Stored | Derived
+
+
+class _Note:
+    """What is known of a tensor, and when: in which version, under which saved-tensor hooks.
+
+    A recipe of None says only that modules computed the tensor, so that nobody else keeps it alive.
+    """
+
+    __slots__ = ("recipe", "scope", "shape", "version")
+
+    def __init__(self, x: Tensor, recipe: Recipe | None) -> None:
+        self.recipe = recipe
+        self.version = x._version
+        self.shape = x.shape
+        hooks = _hooks()
+        # Weakly: the hooks of a checkpoint hold the inputs of what it will compute again.
+        self.scope = None if hooks is None else weakref.ref(hooks)
+
+    def holds_for(self, x: Tensor) -> bool:
+        # Checkpointing runs the same modules twice, once with noted inputs and once without, and wants the same tensors
+        # saved both times: what was noted under other hooks than the present ones does not count.
+        hooks = _hooks()
+        same_hooks = hooks is None if self.scope is None else hooks is not None and self.scope() is hooks
+        return self.version == x._version and self.shape == x.shape and same_hooks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A tensor that is saved to a file takes its attributes along. The note is of no use there, and an empty set is
+        # something that torch.load accepts.
+        return (set, ())
+
+
+def _hooks() -> Callable[[Tensor], Any] | None:
+    """The pack hook in force."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def leave_note(x: Tensor, recipe: Recipe | None) -> None:
+    """Let whoever gets ``x`` next know how it can be rebuilt."""
+    setattr(x, _NOTE, _Note(x, recipe))
+
+
+def _note(x: Tensor) -> _Note | None:
+    note = getattr(x, _NOTE, None)
+    return note if isinstance(note, _Note) and note.holds_for(x) else None
+
+
+def known_recipe(x: Tensor) -> Recipe | None:
+    """The recipe that was noted for ``x``, unless ``x`` has been changed in place since."""
+    note = _note(x)
+    return None if note is None else note.recipe
+
+
+def recipe_of(x: Tensor, codec: Codec, *, overwritten: bool = False) -> Recipe:
+    """The recipe of maps ``(B, C, H, W)``; where there is none, they are encoded now, once for all who will ask.
+
+    Args:
+        x: maps. Inputs of the network are not encoded: whoever computed them has them still.
+        codec: what encodes.
+        overwritten: ``x`` will be changed in place.
+    """
+    note = _note(x)
+    if note is not None and note.recipe is not None:
+        return note.recipe
+    is_input = x.is_leaf and note is None
+    if is_input or x.shape[-2] * x.shape[-1] < SMALLEST_MAP or not x.numel():
+        return Exact(x.detach().clone() if overwritten else x if x.is_leaf else x.detach())
+    with torch.no_grad(), without_autocast(x.device):
+        recipe = Stored(codec.encode(x.detach()))
+    leave_note(x, recipe)
+    return recipe
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off on a device: codecs choose their own precision."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def keep(ctx: Any, recipe: Recipe | None, *tensors: Tensor | None) -> None:
+    """``save_for_backward`` of tensors and of a recipe."""
+    stored: tuple[Tensor, ...] = ()
+    ctx.recipe = None
+    if recipe is not None:
+        recipe.hold()
+        stored = recipe.tensors
+        ctx.recipe = recipe.with_tensors((None,) * len(stored))
+    ctx.save_for_backward(*tensors, *stored)
+
+
+def kept(ctx: Any, count: int) -> tuple[tuple[Any, ...], Recipe | None]:
+    """The ``count`` tensors and the recipe that :func:`keep` was given."""
+    saved = ctx.saved_tensors
+    return saved[:count], None if ctx.recipe is None else ctx.recipe.with_tensors(saved[count:])
