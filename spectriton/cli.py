@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeAlias
 
 import torch
 
-from spectriton import environment
+from spectriton import distributed, environment
 
 #: Set to anything, an error shows its traceback instead of a panel.
 TRACEBACK_VARIABLE = "SPECTRITON_TRACEBACK"
@@ -43,12 +43,15 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        print(f"{error}; run the same command again to go on from there", file=sys.stderr)
+        if distributed.is_main():
+            print(f"{error}; run the same command again to go on from there", file=sys.stderr)
         raise SystemExit(130) from None
+    except distributed.FailedOnMain:
+        raise SystemExit(2) from None  # rank 0 has said how
     except _USER_ERRORS as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        _show_error(str(error))
+        _show_error(str(error) if distributed.is_main() else f"rank {distributed.rank()}: {error}")
         raise SystemExit(1 if isinstance(error, Diverged) else 2) from None
 
 
@@ -75,7 +78,8 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        if distributed.is_main():
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -127,6 +131,7 @@ def build_app() -> Any:
 
     from spectriton import data as data_sets
     from spectriton import models
+    from spectriton.peers import PEERS
 
     app = typer.Typer(
         help="Train CNNs whose feature maps live as packed sparse spectra.",
@@ -198,7 +203,9 @@ def build_app() -> Any:
     Epochs: TypeAlias = Annotated[
         int, typer.Option(help="Passes over the training images.", rich_help_panel=recipe_panel)
     ]
-    BatchSize: TypeAlias = Annotated[int, typer.Option(help="Images a step.", rich_help_panel=recipe_panel)]
+    BatchSize: TypeAlias = Annotated[
+        int, typer.Option(help="Images a step, over all processes.", rich_help_panel=recipe_panel)
+    ]
     Optimizer: TypeAlias = Annotated[str, typer.Option(help="sgd or adam.", rich_help_panel=recipe_panel)]
     Lr: TypeAlias = Annotated[
         float, typer.Option(help="Learning rate of the first epoch.", rich_help_panel=recipe_panel)
@@ -224,6 +231,13 @@ def build_app() -> Any:
     Amp: TypeAlias = Annotated[str, typer.Option(help="bf16 (autocast) or none.", rich_help_panel=run_panel)]
     Workers: TypeAlias = Annotated[
         int, typer.Option(help="Threads or processes that fetch batches ahead; 0: in line.", rich_help_panel=run_panel)
+    ]
+    Peers: TypeAlias = Annotated[
+        str | None,
+        typer.Option(
+            help=f"Measure a step with each of these as well: {', '.join(PEERS)}, or all.",
+            rich_help_panel=run_panel,
+        ),
     ]
     Resume: TypeAlias = Annotated[
         bool,
@@ -263,11 +277,12 @@ def build_app() -> Any:
         device: Device = "auto",
         amp: Amp = "none",
         workers: Workers = 0,
+        peers: Peers = None,
         resume: Resume = True,
     ) -> None:
         """Train a network and its spectral (or compressed) twin alike; write report.json, curves.png and memory.png."""
         options = dict(locals())
-        with _user_errors(), _stop_on_signals() as stop:
+        with _user_errors(), _stop_on_signals() as stop, distributed.joined():
             from spectriton import report
             from spectriton.compare import compare as run
 
@@ -275,12 +290,14 @@ def build_app() -> Any:
                 _configuration(options),
                 out,
                 seeds=_parse_seeds(seeds),
+                peers=peers.split(",") if peers else (),
                 progress=report.progress_for_terminal(),
                 fresh=not resume,
                 stop=stop,
             )
-            report.print_report(result)
-            print(f"written to {out}: report.json, curves.png, memory.png")
+            if distributed.is_main():
+                report.print_report(result)
+                print(f"written to {out}: report.json, curves.png, memory.png")
 
     @app.command()
     def train(
@@ -313,7 +330,7 @@ def build_app() -> Any:
     ) -> None:
         """Train one of the two networks; write its checkpoint, report.json and curves.png."""
         options = dict(locals())
-        with _user_errors(), _stop_on_signals() as stop:
+        with _user_errors(), _stop_on_signals() as stop, distributed.joined():
             from spectriton import report
             from spectriton.compare import train_alone
 
@@ -325,8 +342,9 @@ def build_app() -> Any:
                 fresh=not resume,
                 stop=stop,
             )
-            report.print_report(result)
-            print(f"written to {out}: {variant}.pt, report.json, curves.png")
+            if distributed.is_main():
+                report.print_report(result)
+                print(f"written to {out}: {variant}.pt, report.json, curves.png")
 
     shapes_panel = "Shapes"
 
@@ -417,7 +435,7 @@ def build_app() -> Any:
     ) -> None:
         """Train networks and, for each threshold, their twins; write sweep.csv, .json, .md, fig1.png and fig2.png."""
         options = {name: value for name, value in locals().items() if name != "model"}
-        with _user_errors(), _stop_on_signals() as stop:
+        with _user_errors(), _stop_on_signals() as stop, distributed.joined():
             from spectriton import report
             from spectriton.sweep import sweep as run
             from spectriton.sweep import text_rows
@@ -432,8 +450,9 @@ def build_app() -> Any:
                 fresh=not resume,
                 stop=stop,
             )
-            report.print_table(text_rows(result, brief=True), report.conditions(result))
-            print(f"written to {out}: sweep.csv, sweep.json, sweep.md, fig1.png, fig2.png")
+            if distributed.is_main():
+                report.print_table(text_rows(result, brief=True), report.conditions(result))
+                print(f"written to {out}: sweep.csv, sweep.json, sweep.md, fig1.png, fig2.png")
 
     @app.command()
     def env(

@@ -9,7 +9,6 @@ same order, and are measured one after the other: the first is gone from memory 
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Sequence
@@ -17,26 +16,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spectriton import _check, compression, environment, memory, models, report
+from spectriton import _check, compression, distributed, environment, models, report
 from spectriton.codec import Codec, make_codec
 from spectriton.data import load
 from spectriton.images import Images
+from spectriton.measure import measure_step, release_memory
 from spectriton.packed import VALUE_DTYPES
+from spectriton.peers import chosen as chosen_peers
+from spectriton.peers import measure_peers
 from spectriton.plots import draw_curves, draw_memory
 from spectriton.report import VARIANTS
-from spectriton.train import (
-    Checkpoint,
-    Progress,
-    TrainConfig,
-    make_optimizer,
-    seed_everything,
-    train,
-    training_batch,
-    training_step,
-)
+from spectriton.train import Checkpoint, Progress, TrainConfig, seed_everything, train
 
 #: What the second network is called, by the way it saves memory.
 METHODS = {"spectral": "spectral", "compress": "compressed"}
@@ -118,7 +110,8 @@ class CompareConfig:
             del settings[name]
         if self.method == "compress":
             settings["codec"] = repr(self.codec())
-        return {**settings, **recipe, "device": self.train.resolve_device().type}
+        device = self.train.resolve_device().type
+        return {**settings, **recipe, "device": device, "processes": distributed.world_size()}
 
     @property
     def second(self) -> str:
@@ -160,35 +153,6 @@ def build_network(config: CompareConfig, data: Images, variant: str) -> nn.Modul
     return compression.compress(network, codec=config.codec()) if variant == "compressed" else network
 
 
-def measure_step(model: nn.Module, data: Images, config: TrainConfig) -> dict[str, int]:
-    """Memory of one training step (forward, backward, update) at the full batch size. Changes the weights.
-
-    A step goes before the one that is measured, so that the optimiser's state, the buffers of libraries and whatever is
-    set up once exist already.
-
-    Returns:
-        Bytes: ``peak_bytes``, ``average_bytes`` (everything alive), ``saved_bytes`` (held for backward at the end of
-        forward), ``peak_beyond_state_bytes`` and ``average_beyond_state_bytes`` (without the state), ``state_bytes``
-        (parameters, buffers, gradients, optimiser state), ``parameter_bytes``.
-    """
-    device = config.resolve_device()
-    model.to(device).train()
-    optimizer = make_optimizer(model, config)
-    images, labels = training_batch(data, config, device)
-    training_step(model, optimizer, images, labels, config.amp)
-    with memory.track(device, model=model, optimizer=optimizer) as usage:
-        training_step(model, optimizer, images, labels, config.amp)
-    return {
-        "peak_bytes": int(usage.peak_bytes),
-        "average_bytes": round(usage.average_bytes),
-        "saved_bytes": int(usage.saved_bytes),
-        "peak_beyond_state_bytes": int(usage.peak_beyond_state_bytes),
-        "average_beyond_state_bytes": round(usage.average_beyond_state_bytes),
-        "state_bytes": int(usage.state_bytes),
-        "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-    }
-
-
 def train_variant(
     config: CompareConfig,
     variant: str,
@@ -199,6 +163,7 @@ def train_variant(
     progress: Progress | None = None,
     fresh: bool = False,
     stop: threading.Event | None = None,
+    peers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train and measure one of the twins, going on from ``out_dir/<variant>.pt`` where that exists.
 
@@ -210,9 +175,10 @@ def train_variant(
         title: name of the run for ``progress``; the variant where left out.
         progress, stop: as in :func:`spectriton.train.train`.
         fresh: start anew.
+        peers: measure the trained network with each of these as well, see :mod:`spectriton.peers`.
 
     Returns:
-        The network's part of ``report.json``.
+        The network's part of ``report.json``; with ``peers``, their rows under that name.
 
     Raises:
         ValueError: bad settings, or a checkpoint that is damaged or of another configuration.
@@ -243,7 +209,19 @@ def train_variant(
     if result.density:
         entry["density"] = result.density
     entry["history"] = result.history
+    if peers:
+        weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        del model  # what is measured next should have the device to itself
+        release_memory()
+        entry["peers"] = measure_peers(lambda: _restored(config, data, variant, weights), data, config.train, peers)
     return entry
+
+
+def _restored(config: CompareConfig, data: Images, variant: str, weights: dict[str, Tensor]) -> nn.Module:
+    """One of the twins with these weights, on the CPU."""
+    model = build_network(config, data, variant)
+    model.load_state_dict(weights)
+    return model
 
 
 def train_alone(
@@ -280,9 +258,9 @@ def train_alone(
         "config": config.describe(),
         "environment": environment.collect(config.train.resolve_device()),
     }
-    report.write_json(result, out / "report.json")
+    distributed.on_main(report.write_json, result, out / "report.json")
     if plots:
-        draw_curves(result, out / "curves.png")
+        distributed.on_main(draw_curves, result, out / "curves.png")
     return result
 
 
@@ -291,6 +269,7 @@ def compare(
     out_dir: str | os.PathLike[str],
     *,
     seeds: Sequence[int] | None = None,
+    peers: Sequence[str] = (),
     data: Images | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
@@ -306,6 +285,8 @@ def compare(
         out_dir: directory for checkpoints and results; made where missing.
         seeds: repeat everything for each of these seeds (in ``out_dir/seed-N``) and report means; the config's own seed
             where left out.
+        peers: measure a training step of both trained networks (of the first seed) with each of these as well: names in
+            :data:`spectriton.peers.PEERS`, or ``"all"``.
         data: images of your own instead of ``config.data``.
         progress, stop: as in :func:`spectriton.train.train`.
         fresh: start anew.
@@ -313,7 +294,9 @@ def compare(
 
     Returns:
         What ``report.json`` holds: ``spatial``, ``spectral`` (or ``compressed``), ``ratio`` (to spatial), ``config``,
-        ``environment``; with several seeds the means, and ``runs`` with every seed's own report.
+        ``environment``; with several seeds the means, and ``runs`` with every seed's own report. With ``peers``, rows
+        of that name: ``variant``, what :func:`spectriton.peers.measure_peers` gives, and ``ratio``, to the spatial
+        network alone.
 
     Raises:
         ValueError: bad settings, or a checkpoint that is damaged or of another configuration.
@@ -323,6 +306,7 @@ def compare(
     if plots:
         environment.require("matplotlib.figure")  # missing, it should say so now, not after hours of training
     chosen = [config.train.seed] if seeds is None else list(dict.fromkeys(seeds))
+    names = chosen_peers(peers)
     if not chosen:
         _check.fail("compare", "seeds", "none", "at least one seed", "give --seeds 0,1,2, or leave it out")
     data = data if data is not None else config.load_data()
@@ -332,23 +316,23 @@ def compare(
     device = config.train.resolve_device()
     out = Path(out_dir)
     runs = []
+    rows: list[dict[str, Any]] = []
     for run in configs:
         place = out if len(configs) == 1 else out / f"seed-{run.train.seed}"
         networks = {}
         for variant in ("spatial", config.second):
-            networks[variant] = train_variant(run, variant, place, data=data, progress=progress, fresh=fresh, stop=stop)
+            networks[variant] = train_variant(
+                run, variant, place, data=data, progress=progress, fresh=fresh, stop=stop,
+                peers=names if run is configs[0] else (),
+            )  # fmt: skip
+            rows += [{"variant": variant, **row} for row in networks[variant].pop("peers", ())]
             release_memory()
         runs.append(report.assemble(networks, run.describe(), device))
     result = runs[0] if len(runs) == 1 else report.merge(runs)
-    report.write_json(result, out / "report.json")
+    if rows:
+        result["peers"] = report.peer_rows(rows)
+    distributed.on_main(report.write_json, result, out / "report.json")
     if plots:
-        draw_curves(result, out / "curves.png")
-        draw_memory(result, out / "memory.png")
+        distributed.on_main(draw_curves, result, out / "curves.png")
+        distributed.on_main(draw_memory, result, out / "memory.png")
     return result
-
-
-def release_memory() -> None:
-    """Let go of the last network, reference cycles included, before the next one is measured."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

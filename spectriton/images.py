@@ -45,17 +45,20 @@ class Augmentation:
     shift: int = 0
     flip: bool = False
 
-    def apply(self, images: Tensor, draws: tuple[int, ...]) -> Tensor:
-        """Shift and flip each image of a batch at random, on the device it is on.
+    def apply(self, images: Tensor, draws: tuple[int, ...], *, first: int = 0, of: int | None = None) -> Tensor:
+        """Shift and flip each image of a batch, or of a part of one, at random, on the device it is on.
 
         Args:
             images: ``(B, C, H, W)``, of any dtype.
             draws: whole numbers that the random numbers follow from.
+            first: position of these images in the batch; each has the same done to it in whatever part it comes.
+            of: number of images in the batch; these alone where left out.
         """
         random = np.random.default_rng(draws)
         count, channels, height, width = images.shape
-        top, left = torch.from_numpy(random.integers(0, 2 * self.shift + 1, (2, count))).to(images.device)
-        mirrored = torch.from_numpy(random.random(count) < 0.5).to(images.device) & self.flip
+        whole, part = count if of is None else of, slice(first, first + count)
+        top, left = torch.from_numpy(random.integers(0, 2 * self.shift + 1, (2, whole))[:, part]).to(images.device)
+        mirrored = torch.from_numpy(random.random(whole)[part] < 0.5).to(images.device) & self.flip
         rows = top[:, None] + torch.arange(height, device=images.device)
         columns = left[:, None] + torch.arange(width, device=images.device)
         columns = torch.where(mirrored[:, None], columns.flip(1), columns)
@@ -211,9 +214,9 @@ class ImageData:
             while waiting:
                 yield waiting.popleft().result()
 
-    def augment(self, images: Tensor, draws: tuple[int, ...]) -> Tensor:
-        """Training images ``(B, C, H, W)`` uint8, augmented at random as follows from ``draws``."""
-        return images if self.augmentation is None else self.augmentation.apply(images, draws)
+    def augment(self, images: Tensor, draws: tuple[int, ...], *, first: int = 0, of: int | None = None) -> Tensor:
+        """Training images ``(B, C, H, W)`` uint8, augmented at random: see :meth:`Augmentation.apply`."""
+        return images if self.augmentation is None else self.augmentation.apply(images, draws, first=first, of=of)
 
     def limited(self, train: int | None = None, test: int | None = None) -> ImageData:
         """The first ``train`` training and ``test`` test images, for quick tries; ``None`` keeps all."""
@@ -302,7 +305,7 @@ class StreamedImages:
             )
         )
 
-    def augment(self, images: Tensor, draws: tuple[int, ...]) -> Tensor:
+    def augment(self, images: Tensor, draws: tuple[int, ...], *, first: int = 0, of: int | None = None) -> Tensor:
         """The images as they are: :meth:`batches` has augmented them."""
         return images
 

@@ -33,8 +33,9 @@ seen, temporaries inside the ops of this project are (:mod:`spectriton._registry
 
 Limits. Storages that existed before the block and belong to neither ``model`` nor ``optimizer`` count from the first
 operation that touches them. Saved-tensor hooks that are entered inside the block (checkpointing, offloading) take over
-what is saved under them, and what they keep is not counted as saved; where hooks were entered before the block, what
-they keep is counted. The transforms of ``torch.func`` refuse to run under saved-tensor hooks, hence inside the block.
+what is saved under them, and what they keep is not counted as saved (of a checkpointed segment, the tensors that it is
+given are); where hooks were entered before the block, what they keep is counted. The transforms of ``torch.func``
+refuse to run under saved-tensor hooks, hence inside the block.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,6 +30,11 @@ _NETWORKS = (
 )
 _GREY = "#555555"
 _MIB = float(1 << 20)
+_PEER_PANELS = (
+    ("saved, % of spatial alone", "saved_bytes"),
+    ("average beyond state, %", "average_beyond_state_bytes"),
+    ("peak beyond state, %", "peak_beyond_state_bytes"),
+)
 _KINDS = (("average", "-"), ("peak", "--"))
 
 
@@ -113,7 +118,7 @@ def draw_curves(report: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_memory(report: Mapping[str, Any], path: Path) -> None:
-    """Memory of one training step of both networks, and the density of each packing block.
+    """Memory of one training step of both networks, and the density of each packing block; below, peers if any.
 
     Args:
         report: as :func:`spectriton.compare.compare` returns it.
@@ -124,8 +129,14 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
     """
     other = variants_of(report)[1]
     density = report[other].get("density", {})
-    figure = _figure(9.0, max(3.9, 2.2 + 0.22 * len(density)))
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    height = max(3.9, 2.2 + 0.22 * len(density))
+    if "peers" in report:
+        figure = _figure(9.0, height + 3.2)
+        upper, lower = figure.subfigures(2, 1, height_ratios=(height, 3.2))
+        _draw_peers(report["peers"], lower)
+    else:
+        figure = upper = _figure(9.0, height)
+    left, right = upper.subplots(1, 2, width_ratios=(3, 2))
     bars = (
         ("saved for\nbackward", "saved_bytes"),
         ("average\nbeyond state", "average_beyond_state_bytes"),
@@ -171,6 +182,32 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
     right.set_title("coefficients kept (%)", loc="left", fontsize=10)
     _tidy(right, "x")
     _finish(figure, "Memory", report, path)
+
+
+def _draw_peers(rows: Sequence[Mapping[str, Any]], figure: Any) -> None:
+    """Memory of both networks alone and with each peer that could be measured, in percent of the spatial one alone."""
+    measured = [row for row in rows if row["saved_bytes"] is not None]
+    peers = list(dict.fromkeys(row["peer"] for row in measured))
+    variants = dict.fromkeys(row["variant"] for row in measured)
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, (title, key) in zip(panels, _PEER_PANELS, strict=True):
+        for offset, variant in zip((-0.2, 0.2), variants, strict=True):
+            shown = [row for row in measured if row["variant"] == variant]
+            drawn = axes.barh(
+                [peers.index(row["peer"]) + offset for row in shown],
+                [100 * row["ratio"][key] for row in shown],
+                height=0.38,
+                color=_STYLE[variant]["color"],
+                hatch="//" if variant == "spatial" else None,
+                edgecolor="white",
+                linewidth=0,
+            )
+            axes.bar_label(drawn, fmt="%.0f", padding=2, fontsize=7)
+        axes.set_yticks(range(len(peers)), ["alone" if peer == "none" else f"+ {peer}" for peer in peers], fontsize=8)
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.margins(x=0.12)
+        _tidy(axes, "x")
+    panels[0].invert_yaxis()
 
 
 def draw_gradients(gradients: Mapping[str, Any], path: Path, title: str = "Gradients from compressed maps") -> None:

@@ -30,6 +30,16 @@ RATIO_KEYS = (
     "seconds_per_epoch",
 )
 
+#: What ``ratio`` of a row of ``peers`` holds, over the spatial network alone.
+PEER_RATIO_KEYS = (
+    "peak_bytes",
+    "average_bytes",
+    "saved_bytes",
+    "peak_beyond_state_bytes",
+    "average_beyond_state_bytes",
+    "seconds_per_step",
+)
+
 _ROWS = (
     ("test accuracy", "test_accuracy"),
     ("peak memory", "peak_bytes"),
@@ -63,6 +73,19 @@ def ratios(spatial: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, fl
 def variants_of(report: Mapping[str, Any]) -> list[str]:
     """The networks that a report has."""
     return [variant for variant in VARIANTS if variant in report]
+
+
+def peer_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of :func:`spectriton.peers.measure_peers` of both variants, each with ``ratio`` to the first, which is the
+    spatial network alone. What could not be measured has ``None`` for every figure."""
+    alone = rows[0]
+    found = []
+    for row in rows:
+        figures = {key: row.get(key) for key in alone}
+        known = row.get("saved_bytes") is not None
+        ratio = {key: row[key] / alone[key] if known and alone[key] else None for key in PEER_RATIO_KEYS}
+        found.append({**figures, "ratio": ratio})
+    return found
 
 
 def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -120,6 +143,8 @@ def conditions(report: Mapping[str, Any]) -> str:
     ]
     if config["amp"] != "none":
         parts.append(f"autocast {config['amp']}")
+    if config.get("processes", 1) > 1:
+        parts.append(f"{config['processes']} processes, memory of one")
     if config["width"] != 1:
         parts.append(f"width {config['width']:g}")
     if config["image_size"]:
@@ -180,12 +205,42 @@ def rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return table
 
 
+def peer_table(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of ``peers`` as text, the header first; percentages are of the spatial network alone."""
+    columns = {
+        "saved, %": "saved_bytes",
+        "average\nbeyond\nstate, %": "average_beyond_state_bytes",
+        "peak\nbeyond\nstate, %": "peak_beyond_state_bytes",
+        "time, %": "seconds_per_step",
+    }
+    table: list[tuple[str, ...]] = [("one training step", *columns, "gradient\ndiffers by")]
+    for row in rows:
+        cells = ["" if row["ratio"][key] is None else f"{100 * row['ratio'][key]:.1f}" for key in columns.values()]
+        difference = "" if row["gradient_difference"] is None else f"{row['gradient_difference']:.1e}"
+        table.append((peer_name(row), *cells, difference))
+    return table
+
+
+def peer_name(row: Mapping[str, Any]) -> str:
+    """``spatial + checkpoint``, say."""
+    return str(row["variant"]) if row["peer"] == "none" else f"{row['variant']} + {row['peer']}"
+
+
+def peer_notes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How to read the table of peers, and what is special about a row."""
+    lines = ["% of the spatial network alone; gradients against the same network alone, over their largest entry"]
+    lines += [f"{peer_name(row)}: {row['note']}" for row in rows if row["note"]]
+    return "\n".join(lines)
+
+
 def print_report(report: Mapping[str, Any], stream: TextIO | None = None) -> None:
-    """Print the final table and its conditions.
+    """Print the final table and its conditions, and before them the table of peers where the report has one.
 
     Raises:
         ImportError: rich is not installed.
     """
+    if "peers" in report:
+        print_table(peer_table(report["peers"]), peer_notes(report["peers"]), stream)
     print_table(rows(report), conditions(report), stream)
 
 

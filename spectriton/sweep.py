@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 
-from spectriton import _check, environment, report
-from spectriton.compare import CompareConfig, build_network, release_memory, train_variant
+from spectriton import _check, distributed, environment, report
+from spectriton.compare import CompareConfig, build_network, train_variant
 from spectriton.images import Images
+from spectriton.measure import release_memory
 from spectriton.plots import draw_sweep_curves, draw_thresholds
 from spectriton.train import Progress
 
@@ -205,10 +206,10 @@ def sweep(
             "rows": [asdict(row) for row in table(done, data.name)],
             "cells": [{**asdict(cell), "variant": cell.variant, **entry} for cell, entry in done.items()],
         }
-        _write(result, out)
+        distributed.on_main(_write, result, out)
     if plots:
-        draw_thresholds(result, out / "fig1.png")
-        draw_sweep_curves(result, out / "fig2.png")
+        distributed.on_main(draw_thresholds, result, out / "fig1.png")
+        distributed.on_main(draw_sweep_curves, result, out / "fig2.png")
     return result
 
 
@@ -232,19 +233,25 @@ def _run(
     path = place / "cell.json"
     key = {"variant": cell.variant, "images": data.fingerprint(), "config": config.describe()}
     if fresh:
-        path.unlink(missing_ok=True)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["key"] == key:
-            return dict(found["result"])
-    except (OSError, ValueError, LookupError, TypeError):
-        pass  # missing, or no cell: the checkpoint decides
+        distributed.on_main(path.unlink, missing_ok=True)
+    found = distributed.on_main(_finished, path, key)
+    if found is not None:
+        return found
     entry = train_variant(
         config, cell.variant, place, data=data, title=title, progress=progress, fresh=fresh, stop=stop
     )
     release_memory()
-    report.write_json({"key": key, "result": entry}, path)
+    distributed.on_main(report.write_json, {"key": key, "result": entry}, path)
     return entry
+
+
+def _finished(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result in a cell's file; ``None`` where there is none, or one of other settings."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return dict(found["result"]) if found["key"] == key else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # missing, or no cell: the checkpoint decides
 
 
 def table(done: Mapping[Cell, Mapping[str, Any]], data_name: str) -> list[Row]:

@@ -3,6 +3,10 @@
 The recipe is the SpecNet paper's: SGD with batches of 128, momentum 0.95, no weight decay, a learning rate of 0.02 that
 is halved every 50 epochs. Everything that decides the outcome (order of the images, random states, weights, optimiser
 state) is either derived from the seed and the epoch or held in the checkpoint.
+
+In several processes (:mod:`spectriton.distributed`) every global batch is shared out: each process computes on its
+share, gradients are weighted by the shares, and figures are those of all images. So the step is that of one process on
+the whole batch, but for what is drawn or normalised within a share: dropout, and the statistics of batch norm.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectriton import _check
+from spectriton import _check, distributed
 from spectriton.images import Images
 
 OPTIMIZERS = ("sgd", "adam")
@@ -37,6 +41,8 @@ AMP_MODES = ("none", "bf16")
 # what any epoch computes. The learning rate depends on the epoch alone, so a run can be extended.
 _FREE_SETTINGS = frozenset({"epochs", "workers"})
 _CHECKPOINT_FORMAT = 1
+# Apart from one another, so that no rank of one seed draws what a rank of a neighbouring seed does.
+_SEED_STRIDE = 1_000_003
 # With fewer classes, five guesses say little.
 _TOP5_FROM = 100
 
@@ -47,16 +53,19 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training images.
-        batch_size: images a step. A last batch of a single image is left out (batch norm cannot use it).
+        batch_size: images a step, over all processes; their shares differ by one image at most. A last batch that
+            would leave a process fewer than two images is left out (batch norm cannot use a single one).
         optimizer: ``"sgd"`` or ``"adam"`` (which ignores ``momentum``).
         lr: learning rate of the first epoch.
         lr_halve_every: epochs after which the learning rate is halved; 0 keeps it.
         momentum: of SGD, in [0, 1).
         weight_decay: L2 penalty.
         seed: of everything random in a run.
-        device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"`` (of several processes each takes the device
+            of its local rank) or ``"cuda:1"``.
         amp: ``"bf16"`` for autocast, or ``"none"``.
-        workers: threads (for streamed images, processes) that fetch batches ahead of the step; 0 fetches in line.
+        workers: threads (for streamed images, processes) of each process that fetch batches ahead of the step; 0
+            fetches in line.
         augment: augment training images as their set says; off, they are what test images are.
 
     Raises:
@@ -97,13 +106,14 @@ class TrainConfig:
 
     def resolve_device(self) -> torch.device:
         """The device to run on, ``"auto"`` resolved."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         expected = "auto, cpu, cuda or cuda:N"
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            device = torch.device(self.device)
+            device = torch.device(automatic if self.device == "auto" else self.device)
         except RuntimeError:
             device = torch.device("meta")
+        if device.type == "cuda" and device.index is None and distributed.world_size() > 1:
+            device = torch.device("cuda", distributed.local_rank())
         if device.type not in ("cpu", "cuda"):
             _check.fail("TrainConfig", "device", repr(self.device), expected, "change device (--device)")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -111,8 +121,8 @@ class TrainConfig:
                 "TrainConfig",
                 "device",
                 repr(self.device),
-                f"a device of this machine ({torch.cuda.device_count()} CUDA devices)",
-                "use --device cpu, or install a torch build with CUDA",
+                f"a device of this machine for each process ({torch.cuda.device_count()} CUDA devices)",
+                "start as many processes as there are devices, use --device cpu, or install a torch build with CUDA",
             )
         return device
 
@@ -231,7 +241,7 @@ class Checkpoint:
             ValueError: the file is damaged, or of another configuration.
         """
         if self.fresh:
-            self.path.unlink(missing_ok=True)
+            distributed.on_main(self.path.unlink, missing_ok=True)
         if not self.path.exists():
             return None
         fix = "delete the file, or start anew with --fresh (fresh=True)"
@@ -316,7 +326,12 @@ def block_densities(model: nn.Module) -> dict[str, float]:
 
 
 def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, amp: str = "none"
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    labels: Tensor,
+    amp: str = "none",
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One step: forward, backward, update.
 
@@ -326,6 +341,7 @@ def training_step(
         inputs: ``(B, C, H, W)`` float.
         labels: ``(B,)`` int64.
         amp: ``"bf16"`` runs the forward under autocast.
+        weight: of the gradient; of several processes, what makes up for shares of the batch that are not equal.
 
     Returns:
         Mean cross entropy and number of right answers, 0-dimensional tensors on the device (not waited for).
@@ -336,7 +352,7 @@ def training_step(
         loss = functional.cross_entropy(scores, labels)
     right = (scores.detach().argmax(1) == labels).sum()
     del scores
-    loss.backward()
+    loss.backward(torch.full_like(loss, weight))
     optimizer.step()
     return loss.detach(), right
 
@@ -351,6 +367,8 @@ def evaluate(
     amp: str = "none",
 ) -> Evaluation:
     """Loss, accuracy and block densities on labelled images, in evaluation mode; the model's mode is restored.
+
+    Of several processes each may hand in other images; the figures are those of all of them.
 
     Args:
         model: on the device to run on.
@@ -394,12 +412,20 @@ def _evaluate(
                 density[name] = density.get(name, 0.0) + value * len(labels)
     finally:
         model.train(was_training)
-    first, first_five = (value / count for value in right.tolist())
+    # Of a small set some process may have had no image.
+    losses, rights, counts, numbers, densities = zip(
+        *distributed.gather((float(total_loss), right.tolist(), count, classes, density)), strict=True
+    )
+    count = sum(counts)
+    first, first_five = (sum(column) / count for column in zip(*rights, strict=True))
     return Evaluation(
-        float(total_loss) / count,
+        sum(losses) / count,
         first,
-        first_five if classes >= _TOP5_FROM else None,
-        {name: value / count for name, value in density.items()},
+        first_five if max(numbers) >= _TOP5_FROM else None,
+        {
+            name: sum(part.get(name, 0.0) for part in densities) / count
+            for name in dict.fromkeys(name for part in densities for name in part)
+        },
     )
 
 
@@ -418,6 +444,9 @@ def train(
     On the CPU, a run that was killed and is started again ends with the same bytes as one that was not. On a GPU this
     holds as far as its kernels repeat themselves. Seeds the global generators of torch, numpy and Python.
 
+    To be called by every process of a group alike. All read the checkpoint, the main one writes it; they go on, stop
+    and fail together, with the same result.
+
     Args:
         model: gives ``(B, classes)`` scores for ``(B, C, H, W)`` float images; moved to the device.
         data: images and labels.
@@ -425,24 +454,38 @@ def train(
         title: name of the network for ``progress``.
         progress: is told of steps and epochs.
         checkpoint: where to keep the state; a path is enough.
-        stop: set it (from a signal handler, say) to stop at the next step, with a checkpoint.
+        stop: set it (from a signal handler, say; in any process) to stop at the next step, with a checkpoint.
 
     Raises:
-        ValueError: the checkpoint is damaged, of another configuration, or further than ``config.epochs``.
+        ValueError: the checkpoint is damaged, of another configuration, further than ``config.epochs``, or not the same
+            for every process; or a batch has fewer images than there are processes.
         Interrupted: ``stop`` was set.
         Diverged: the loss is no longer finite; the checkpoint still holds the last good epoch.
     """
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(Path(checkpoint))
-    shown = progress or Silent()
+    shown = (progress if distributed.is_main() else None) or Silent()
     device = config.resolve_device()
-    seed_everything(config.seed)
+    processes = distributed.world_size()
+    images_of_epoch = data.count("train")
+    if min(config.batch_size, images_of_epoch) < processes:
+        _check.fail(
+            "train",
+            "batch_size",
+            f"{config.batch_size} of {images_of_epoch} images",
+            f"at least {processes} images, one for each process",
+            "raise batch_size (--batch-size), or start fewer processes",
+        )
+    # What is drawn in a step (dropout) is drawn for each share anew.
+    seed_everything((config.seed + distributed.rank() * _SEED_STRIDE) % 2**32)
     model.to(device)
     optimizer = make_optimizer(model, config)
     identity = {
         **{key: value for key, value in asdict(config).items() if key not in _FREE_SETTINGS},
         "device": device.type,
-        "train_images": data.count("train"),
+        # One process leaves this out: so did the files that were written before there could be several.
+        **({"processes": processes} if processes > 1 else {}),
+        "train_images": images_of_epoch,
         "test_images": data.count("test"),
         "image_size": data.image_size,
         "data_fingerprint": data.fingerprint(),
@@ -454,6 +497,15 @@ def train(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     right_sum = torch.zeros((), dtype=torch.int64, device=device)
     state = checkpoint.load(identity) if checkpoint else None
+    places = distributed.gather(None if state is None else (state["epoch"], state["batch"]))
+    if checkpoint is not None and len(set(places)) > 1:
+        _check.fail(
+            "checkpoint",
+            str(checkpoint.path),
+            f"{len(set(places))} different states in {processes} processes",
+            "one file that all processes read",
+            "choose an --out in a folder that all machines share",
+        )
     if state is not None:
         assert checkpoint is not None
         if state["epoch"] > config.epochs or (state["epoch"] == config.epochs and state["batch"]):
@@ -476,14 +528,20 @@ def train(
                 "choose another --out, or start anew with --fresh (fresh=True)",
             )
         history, epoch, batch, seconds = state["history"], state["epoch"], state["batch"], state["seconds"]
-        loss_sum, right_sum = state["loss_sum"].to(device), state["right_sum"].to(device)
-        _set_random_state(state["random"], device)
+        own = [state, *state.get("other_ranks", ())][distributed.rank()]
+        loss_sum, right_sum = own["loss_sum"].to(device), own["right_sum"].to(device)
+        _set_random_state(own["random"], device)
     resumed = epoch
+    called = distributed.parallel(model)
 
     def save() -> None:
         if checkpoint is None:
             return
-        checkpoint.save(
+        ranks = distributed.gather(
+            {"loss_sum": loss_sum.cpu(), "right_sum": right_sum.cpu(), "random": _random_state(device)}
+        )
+        distributed.on_main(
+            checkpoint.save,
             {
                 "identity": identity,
                 "model": model.state_dict(),
@@ -492,13 +550,11 @@ def train(
                 "epoch": epoch,
                 "batch": batch,
                 "seconds": seconds,
-                "loss_sum": loss_sum,
-                "right_sum": right_sum,
-                "random": _random_state(device),
-            }
+                **ranks[0],
+                "other_ranks": ranks[1:],
+            },
         )
 
-    images_of_epoch = data.count("train")
     plan = _batch_count(images_of_epoch, config.batch_size)
     shown.begin(title, config.epochs, plan, epoch * plan + batch)
     model.train()
@@ -507,14 +563,18 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(epoch)
             clock = saved = time.perf_counter()
-            for images, labels in _training_batches(data, config, device, epoch, skip=batch):
-                loss, right = training_step(model, optimizer, data.to_input(images), labels, config.amp)
+            for images, labels, weight in _training_batches(data, config, device, epoch, skip=batch):
+                loss, right = training_step(called, optimizer, data.to_input(images), labels, config.amp, weight)
+                distributed.average_buffers(model)
                 loss_sum += loss * len(labels)
                 right_sum += right
                 batch += 1
                 shown.step(epoch, batch - 1)
-                asked = stop is not None and stop.is_set()
-                if batch < plan and (asked or (checkpoint and time.perf_counter() - saved >= checkpoint.every_seconds)):
+                asked, due = distributed.any_rank(
+                    stop is not None and stop.is_set(),
+                    checkpoint is not None and time.perf_counter() - saved >= checkpoint.every_seconds,
+                )
+                if batch < plan and (asked or due):
                     # The clock stands still while the state is written.
                     seconds += time.perf_counter() - clock
                     save()
@@ -522,8 +582,9 @@ def train(
                     if asked:
                         raise Interrupted(f"stopped in epoch {epoch + 1} after {batch} of {plan} steps")
             count = min(plan * config.batch_size, images_of_epoch)
-            train_loss, train_right = float(loss_sum) / count, int(right_sum)  # waits for the device
-            seconds += time.perf_counter() - clock
+            losses, rights = zip(*distributed.gather((float(loss_sum), int(right_sum))), strict=True)  # waits for all
+            train_loss, train_right = sum(losses) / count, sum(rights)
+            seconds = distributed.gather(seconds + time.perf_counter() - clock)[0]
             tested = _evaluate(model, _test_batches(data, config, device), device, data.to_input, config.amp)
             if not math.isfinite(train_loss + tested.loss):
                 raise Diverged(
@@ -549,7 +610,8 @@ def train(
             right_sum.zero_()
             save()
             shown.epoch(record)
-            if stop is not None and stop.is_set() and epoch < config.epochs:
+            (asked,) = distributed.any_rank(stop is not None and stop.is_set())
+            if asked and epoch < config.epochs:
                 raise Interrupted(f"stopped after epoch {epoch} of {config.epochs}")
     finally:
         shown.end()
@@ -557,8 +619,8 @@ def train(
 
 
 def training_batch(data: Images, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first batch of the first epoch, as :func:`train` sees it: ``(B, C, H, W)`` float and ``(B,)`` int64."""
-    images, labels = next(_training_batches(data, replace(config, workers=0), device, epoch=0, skip=0))
+    """This process's share of the first batch, as :func:`train` sees it: ``(B, C, H, W)`` float and ``(B,)`` int64."""
+    images, labels, _ = next(_training_batches(data, replace(config, workers=0), device, epoch=0, skip=0))
     return data.to_input(images), labels
 
 
@@ -569,26 +631,35 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def _batch_count(count: int, batch_size: int) -> int:
-    """Steps in an epoch; a last batch of one image is left out, unless it is the only one."""
+    """Steps in an epoch; a last batch of fewer than two images a process is left out, unless it is the only one."""
     whole, rest = divmod(count, batch_size)
-    return max(1, whole + (rest > 1 or (rest == 1 and batch_size == 1)))
+    return max(1, whole + (rest >= 2 * distributed.world_size()))
 
 
 def _training_batches(
     data: Images, config: TrainConfig, device: torch.device, epoch: int, skip: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of uint8 images and labels of an epoch on the device, from batch ``skip`` on."""
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """This process's share of the batches of an epoch, on the device, from batch ``skip`` on.
+
+    Uint8 images, labels, and what to weight the gradient with, so that the mean over processes is that over the batch.
+    """
     order = _order(data.count("train"), config.seed, epoch)
     size, pin = config.batch_size, device.type == "cuda"
-    chosen = [order[n * size : (n + 1) * size] for n in range(skip, _batch_count(len(order), size))]
+    whole = [order[n * size : (n + 1) * size] for n in range(skip, _batch_count(len(order), size))]
+    shares = [distributed.share(len(batch)) for batch in whole]
+    chosen = [batch[part] for batch, part in zip(whole, shares, strict=True)]
     draws = (config.seed, epoch) if config.augment else None
-    batches = data.batches("train", chosen, draws=draws, workers=config.workers, pin=pin)
-    for number, (images, labels) in enumerate(_moved(batches, device), skip):
-        yield images if draws is None else data.augment(images, (*draws, number)), labels
+    batches = _moved(data.batches("train", chosen, draws=draws, workers=config.workers, pin=pin), device)
+    for number, ((images, labels), batch, part) in enumerate(zip(batches, whole, shares, strict=True), skip):
+        if draws is not None:
+            images = data.augment(images, (*draws, number), first=part.start, of=len(batch))
+        yield images, labels, len(labels) * distributed.world_size() / len(batch)
 
 
 def _test_batches(data: Images, config: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    chosen = torch.arange(data.count("test")).split(config.batch_size)
+    whole = torch.arange(data.count("test")).split(config.batch_size)
+    shares = [batch[distributed.share(len(batch))] for batch in whole]
+    chosen = [share for share in shares if len(share)]
     return _moved(data.batches("test", chosen, workers=config.workers, pin=device.type == "cuda"), device)
 
 

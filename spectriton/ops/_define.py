@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,8 +24,23 @@ def define_op(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(body: Callable[..., Any]) -> Any:
         name = f"spectriton::{body.__name__.lstrip('_')}"
+        body = _without_autocast(body)
         op = torch.library.custom_op(name, body, mutates_args=(), schema=schema)
         register_body(op._opoverload, body)
         return op
 
     return decorate
+
+
+def _without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body on tensors as they are: it picks its precisions itself, and autocast to bfloat16 refuses float16."""
+
+    @functools.wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return body(*args, **kwargs)
+
+    return run

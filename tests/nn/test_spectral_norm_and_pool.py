@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spectriton import PackedSpectrum, ops
 from spectriton import nn as snn
@@ -143,6 +144,19 @@ def test_in_a_packed_network():
             torch.testing.assert_close(a, b)
     with torch.inference_mode():
         assert model.eval()(x).shape == (2, 4, 4, 4)
+
+
+def test_checkpointing():
+    model, x = network(), torch.randn(2, 3, 8, 8)
+    expected = gradients(model, x)
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, packed: PackedSpectrum) -> PackedSpectrum:
+            return checkpoint(super().forward, packed, use_reentrant=False)  # type: ignore[no-any-return]
+
+    parts = nn.Sequential(model[:2], Checkpointed(*model[2:5]), model[5])
+    for a, b in zip(gradients(parts, x), expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_compiles_without_graph_breaks():
