@@ -142,6 +142,7 @@ class Options:
         activation: see :class:`spectriton.nn.SpecBlock`.
         activation_scale: initial value of the learnt scale of the activation, in units of the ortho spectrum; None for
             no scale.
+        normed_activation_scale: the same behind a batch norm, which brings maps to unit deviation.
         value_dtype: format of the kept values; None for the precision of the network.
         workspace: bound on temporaries in bytes.
     """
@@ -152,6 +153,7 @@ class Options:
     input_threshold: float = 0.0
     activation: str = "tanh"
     activation_scale: float | None = 10.0
+    normed_activation_scale: float | None = 3.0
     value_dtype: torch.dtype | str | None = "float16"
     workspace: int | None = None
 
@@ -174,6 +176,7 @@ class Options:
                 paper=True,
                 input_threshold=settings.threshold,
                 activation_scale=None,
+                normed_activation_scale=None,
                 value_dtype=None,
                 workspace=settings.workspace,
             )
@@ -369,18 +372,20 @@ def _numbered(
 def _block(layer: Conv, options: Options) -> snn.SpecBlock:
     """The packed block of a convolution."""
     active = layer.activation or layer.deferred
+    normed = (layer.norm or layer.deferred) and not options.paper
+    scale = options.normed_activation_scale if normed else options.activation_scale
     return snn.SpecBlock(
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
         activation=options.activation if active else "identity",
-        activation_scale=options.activation_scale if active else None,
+        activation_scale=scale if active else None,
         groups=layer.groups,
         bias=layer.bias,
         value_dtype=options.value_dtype,
         workspace=options.workspace,
         stride=layer.stride,
-        norm=(layer.norm or layer.deferred) and not options.paper,
+        norm=normed,
         **options.rule(),
     )
 
