@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spectriton import ops
 from spectriton.nn.activation import scale_parameter
 from spectriton.nn.conv import conv_padding_mode, conv_parameters, describe_taps
-from spectriton.nn.norm import SpectralBatchNorm2d
+from spectriton.nn.norm import SpectralBatchNorm2d, computed_again
 from spectriton.nn.transform import describe_rule
 from spectriton.packed import PackedSpectrum
 
@@ -81,6 +81,7 @@ class SpecBlock(nn.Module):
         scale = None if activation_scale is None else scale_parameter(out_channels, activation_scale, device, dtype)
         self.register_parameter("activation_scale", scale)
         self.norm = SpectralBatchNorm2d(out_channels, device=device, dtype=dtype, workspace=workspace) if norm else None
+        self._var: Tensor | None = None  # the running variance that the last threshold was taken from
 
     @classmethod
     def from_conv2d(
@@ -152,8 +153,12 @@ class SpecBlock(nn.Module):
         norm = self.norm
         if norm is None or norm.running_var is None or self.density is not None:
             return None
-        gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach().abs()
-        return (norm.running_var + norm.eps).sqrt() / gain.clamp(min=torch.finfo(gain.dtype).tiny ** 0.5)
+        var = norm.running_var
+        if self.training and not torch.compiler.is_compiling():
+            # This batch will move the statistics. Checkpointing, which comes again, has to find the same threshold.
+            self._var = var = self._var if computed_again() and self._var is not None else var.clone()
+        gain = torch.ones_like(var) if norm.weight is None else norm.weight.detach().abs()
+        return (var + norm.eps).sqrt() / gain.clamp(min=torch.finfo(gain.dtype).tiny ** 0.5)
 
     def extra_repr(self) -> str:
         rule = describe_rule(self.threshold, self.density, self.value_dtype)

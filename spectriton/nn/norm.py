@@ -9,11 +9,16 @@ from spectriton import ops
 from spectriton.packed import PackedSpectrum
 
 
+def computed_again() -> bool:
+    """Whether this forward pass is part of a backward pass, as gradient checkpointing has it."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class SpectralBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` of the maps behind a spectrum, exact; same parameters, buffers and ``state_dict``.
 
     The mean is the zero frequency's, the variance the energy of the others (Parseval). Of a thresholded spectrum the
-    statistics are those of the maps that it stands for.
+    statistics are those of the maps that it stands for. Under gradient checkpointing each batch counts once.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats: as for ``nn.BatchNorm2d``.
@@ -50,7 +55,7 @@ class SpectralBatchNorm2d(nn.BatchNorm2d):
         An activation may follow in the same pass, see :func:`spectriton.ops.spectral_activation`.
         """
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        update = self.training and self.track_running_stats
+        update = self.training and self.track_running_stats and not computed_again()
         if update and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # the mean over all batches so far; on its device, so nothing waits for it

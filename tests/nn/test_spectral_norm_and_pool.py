@@ -159,6 +159,29 @@ def test_checkpointing():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_of_blocks_with_norm(use_reentrant: bool):
+    """Thresholds that follow running statistics are the same the second time, and each batch counts once."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(snn.SpecBlock(4, 4, 3, threshold=0.5, norm=True, activation_scale=3.0) for _ in range(2)))
+    again = copy.deepcopy(plain)
+    x = torch.randn(3, 4, 8, 8, requires_grad=True)
+    enter, leave = snn.ToSpectral(threshold=0.3), snn.ToSpatial()
+
+    def whole(x: Tensor) -> Tensor:
+        return leave(again(enter(x)))
+
+    for _ in range(2):  # the second time the statistics have moved
+        expected = torch.autograd.grad(leave(plain(enter(x))).square().sum(), (x, *plain.parameters()))
+        again.zero_grad()
+        x.grad = None
+        checkpoint(whole, x, use_reentrant=use_reentrant).square().sum().backward()
+        for a, b in zip((x.grad, *(p.grad for p in again.parameters())), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    for a, b in zip(again.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_compiles_without_graph_breaks():
     model, x = network(), torch.randn(2, 3, 8, 8)
     model[2].momentum = None  # the cumulative mean, of which the share depends on a buffer
