@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -46,7 +47,9 @@ def _figure(width: float, height: float) -> Any:
 def _finish(figure: Any, title: str, report: Mapping[str, Any], path: Path) -> None:
     config = report["config"]
     figure.suptitle(f"{title}: {networks(config)} on {config['data']}", fontsize=12, fontweight="bold")
-    figure.supxlabel(conditions(report), fontsize=7, color=_GREY)
+    # Some 17 characters an inch.
+    lines = (textwrap.fill(line, int(17 * figure.get_figwidth())) for line in conditions(report).splitlines())
+    figure.supxlabel("\n".join(lines), fontsize=7, color=_GREY)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -136,7 +139,8 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
         _draw_peers(report["peers"], lower)
     else:
         figure = upper = _figure(9.0, height)
-    left, right = upper.subplots(1, 2, width_ratios=(3, 2))
+    panels = upper.subplots(1, 2, width_ratios=(3, 2), squeeze=False)[0] if density else [upper.subplots()]
+    left = panels[0]
     bars = (
         ("saved for\nbackward", "saved_bytes"),
         ("average\nbeyond state", "average_beyond_state_bytes"),
@@ -167,7 +171,7 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
     left.margins(y=0.12)
     _tidy(left)
 
-    if density:
+    for right in panels[1:]:
         names = list(density)
         values = [100 * value for value in density.values()]
         drawn = right.barh(range(len(names)), values, color=_STYLE["spectral"]["color"], height=0.7)
@@ -176,11 +180,8 @@ def draw_memory(report: Mapping[str, Any], path: Path) -> None:
         right.set_ylim(max(len(names), 5) - 0.5, -0.5)
         right.set_xlim(0, 115)
         right.set_xticks(range(0, 101, 25))
-    else:
-        right.text(0.5, 0.5, "no packing blocks", ha="center", va="center", color=_GREY, transform=right.transAxes)
-        right.set_yticks([])
-    right.set_title("coefficients kept (%)", loc="left", fontsize=10)
-    _tidy(right, "x")
+        right.set_title("coefficients kept (%)", loc="left", fontsize=10)
+        _tidy(right, "x")
     _finish(figure, "Memory", report, path)
 
 
