@@ -139,6 +139,7 @@ class BudgetController:
         if saved_ratio is not None and not 0 < check_threshold(op, saved_ratio, "saved_ratio") <= 1:
             fail(op, "saved_ratio", saved_ratio, "a fraction above 0, at most 1", "pass 0.2")
         self.saved_bytes, self.saved_ratio = saved_bytes, saved_ratio
+        self._model = model
         self._layers = _packed_layers(model)
         self._initial = {name: value for name, value in thresholds(model).items() if 0 < value < math.inf}
         if not self._initial:
@@ -178,8 +179,8 @@ class BudgetController:
             budget = self.saved_bytes * dense / max(1.0, self._full_batch)
         else:
             budget = (self.saved_ratio or 0.0) * dense
-        if dense == 0:
-            return  # an empty batch says nothing
+        if dense == 0 or (budget <= least and dense < self._full_batch):
+            return  # of the rest of a batch, padded tiles alone may take more than its share
         if budget <= least:
             fail(
                 op,
@@ -205,8 +206,7 @@ class BudgetController:
 
     def thresholds(self) -> dict[str, float]:
         """The thresholds of now, by qualified module name, those that stay among them."""
-        layers = self._layers.items()
-        return {name: float(layer.threshold) for name, layer in layers if layer.threshold is not None}
+        return thresholds(self._model)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, of plain values."""
@@ -248,7 +248,7 @@ class GradientTarget:
         model: a network compressed by :func:`spectriton.compress`; not wrapped in ``DistributedDataParallel``.
         cosine: to reach, of all parameters' gradient as one vector; above 0, below 1.
         bits: ascending; all that the codec takes, from 1 to 16, where left out.
-        every: :meth:`step` measures on its first call and on every so manyth one after that.
+        every: :meth:`step` measures on its first call, and once in so many calls after it.
 
     Attributes:
         bits: of the codecs now; None before the first measurement.

@@ -180,6 +180,16 @@ def test_a_budget_that_no_threshold_reaches_is_refused() -> None:
         controller.step()
 
 
+def test_a_small_rest_whose_tiles_take_more_than_its_share_is_passed_over() -> None:
+    model = packed_network(0.5)
+    controller = BudgetController(model, saved_ratio=0.2)
+    for batch in (64, 1):
+        model(torch.randn(batch, 1, 8, 8))
+        before = controller.state_dict()
+        controller.step()
+    assert packed_bytes(model) > 0.2 * 4 * 64 and controller.state_dict() == before
+
+
 def test_empty_batches_and_maps_without_anything_to_save_change_little() -> None:
     model = packed_network(0.5)
     controller = BudgetController(model, saved_ratio=0.5)

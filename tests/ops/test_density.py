@@ -119,6 +119,8 @@ def test_blocks_and_pooling_keep_to_it(backend: str, device: torch.device):
     weight = torch.randn(5, 4, 3, 3, device=device)
     out = ops.spec_block(packed, weight, density=0.3)
     assert 0.29 < out.density and out.nbytes <= PackedSpectrum.bytes_for((3, 5, 8, 8), 0.3)
+    with pytest.raises(ValueError, match="none together with a density"):
+        ops.spec_block(packed, weight, density=0.3, threshold_scale=torch.ones(5, device=device))
     pooled = ops.max_pool2d(packed, 2, density=0.3)
     assert isinstance(pooled, PackedSpectrum)
     assert 0.28 < pooled.density and pooled.nbytes <= PackedSpectrum.bytes_for((3, 4, 4, 4), 0.3)
