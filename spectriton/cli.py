@@ -183,6 +183,14 @@ def build_app() -> Any:
         bool,
         typer.Option("--paper", help="Keep to the paper, not the best known settings.", rich_help_panel=data_panel),
     ]
+    Budget: TypeAlias = Annotated[
+        str | None,
+        typer.Option(
+            help="spectral: move the thresholds so that a training step holds this much for backward, over the "
+            "spatial network's (0.2), or in bytes (64MiB).",
+            rich_help_panel=data_panel,
+        ),
+    ]
     Width: TypeAlias = Annotated[
         float, typer.Option(help="Multiplies the network's numbers of channels.", rich_help_panel=data_panel)
     ]
@@ -252,6 +260,7 @@ def build_app() -> Any:
         model: Model = "lenet",
         data: Data = "digits",
         threshold: Threshold = 0.5,
+        budget: Budget = None,
         value_dtype: ValueDtype = None,
         paper: Paper = False,
         method: Method = "spectral",
@@ -306,6 +315,7 @@ def build_app() -> Any:
         model: Model = "lenet",
         data: Data = "digits",
         threshold: Threshold = 0.5,
+        budget: Budget = None,
         value_dtype: ValueDtype = None,
         paper: Paper = False,
         width: Width = 1.0,

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from spectriton import _check, compression, distributed, environment, models, report
+from spectriton import _check, budget, compression, distributed, environment, models, report
 from spectriton.codec import Codec, make_codec
 from spectriton.data import load
 from spectriton.images import Images
@@ -45,6 +45,9 @@ class CompareConfig:
         value_dtype: how kept coefficients are stored, a key of :data:`spectriton.packed.VALUE_DTYPES`; the model's own
             choice where ``None``.
         paper: keep to the paper instead of the best known settings.
+        budget: what a training step of the spectral network may hold for backward, over what the spatial one holds
+            (0.2), or in bytes for each process (``"64MiB"``, see :func:`spectriton.budget.parse_budget`): thresholds
+            then start from ``threshold`` and move. They stay where they are where ``None``.
         width: multiplies the network's numbers of channels.
         image_size: edge in pixels that the network is given; the data's own where ``None``.
         method: ``"spectral"``, or ``"compress"`` for the original with compressed maps; then
@@ -63,6 +66,7 @@ class CompareConfig:
     threshold: float = 0.5
     value_dtype: str | None = None
     paper: bool = False
+    budget: float | str | None = None
     width: float = 1.0
     image_size: int | None = None
     train_limit: int | None = None
@@ -79,6 +83,11 @@ class CompareConfig:
         if self.method == "compress":
             self.codec()
         _check.check_threshold("CompareConfig", self.threshold)
+        if self.budget is not None:
+            budget.parse_budget(self.budget)
+            if self.method == "compress":
+                fix = "leave out --budget, or lower --density or --bits"
+                _check.fail("CompareConfig", "budget", repr(self.budget), "none with method='compress'", fix)
         if self.value_dtype is not None:
             _check.check_choice("CompareConfig", "value_dtype", self.value_dtype, VALUE_DTYPES)
         if self.paper and self.value_dtype not in (None, "float32"):
@@ -106,7 +115,7 @@ class CompareConfig:
         del settings["data_dir"]
         recipe = settings.pop("train")
         settings["value_dtype"] = self.stored_dtype
-        for name in ("transform", "density", "bits"):
+        for name in ("transform", "density", "bits", *(() if self.budget is not None else ("budget",))):
             del settings[name]
         if self.method == "compress":
             settings["codec"] = repr(self.codec())
@@ -197,9 +206,20 @@ def train_variant(
     }
     if variant == "compressed":
         identity["codec"] = repr(config.codec())
+    controller = None
+    if variant == "spectral" and config.budget is not None:
+        identity["budget"] = str(budget.parse_budget(config.budget))
+        controller = budget.BudgetController(model, saved_bytes=_packed_budget(config, data))
     checkpoint = Checkpoint(Path(out_dir) / f"{variant}.pt", identity, fresh=fresh)
     result = train(
-        model, data, config.train, title=title or variant, progress=progress, checkpoint=checkpoint, stop=stop
+        model,
+        data,
+        config.train,
+        title=title or variant,
+        progress=progress,
+        checkpoint=checkpoint,
+        stop=stop,
+        controller=controller,
     )
     entry: dict[str, Any] = {
         "test_accuracy": result.test_accuracy,
@@ -208,20 +228,55 @@ def train_variant(
     }
     if result.density:
         entry["density"] = result.density
+    if controller is not None:
+        entry["thresholds"] = controller.thresholds()
     entry["history"] = result.history
     if peers:
         weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        levels = budget.thresholds(model)
         del model  # what is measured next should have the device to itself
         release_memory()
-        entry["peers"] = measure_peers(lambda: _restored(config, data, variant, weights), data, config.train, peers)
+
+        def restored() -> nn.Module:
+            """The same network, on the CPU."""
+            copy = build_network(config, data, variant)
+            copy.load_state_dict(weights)
+            budget.set_thresholds(copy, levels)
+            return copy
+
+        entry["peers"] = measure_peers(restored, data, config.train, peers)
     return entry
 
 
-def _restored(config: CompareConfig, data: Images, variant: str, weights: dict[str, Tensor]) -> nn.Module:
-    """One of the twins with these weights, on the CPU."""
-    model = build_network(config, data, variant)
-    model.load_state_dict(weights)
-    return model
+def _packed_budget(config: CompareConfig, data: Images) -> int:
+    """Bytes that ``config.budget`` leaves for the packed maps of a training step, in each process.
+
+    Whatever else is held for backward does not depend on the thresholds; it is measured on a copy of the network.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    twin = build_network(config, data, "spectral")
+    saved = measure_step(twin, data, config.train)["saved_bytes"]
+    (packed, *_) = distributed.gather(budget.packed_bytes(twin))
+    del twin
+    release_memory()
+    allowed = budget.parse_budget(config.budget or 0)
+    if isinstance(allowed, float):
+        spatial = build_network(config, data, "spatial")
+        allowed = round(allowed * measure_step(spatial, data, config.train)["saved_bytes"])
+        del spatial
+        release_memory()
+    left = allowed - (saved - packed)
+    if left <= 0:
+        _check.fail(
+            "compare",
+            "budget",
+            f"{config.budget} ({report.format_bytes(allowed)})",
+            f"more than the {report.format_bytes(saved - packed)} that are held beside packed maps",
+            "raise --budget",
+        )
+    return left
 
 
 def train_alone(

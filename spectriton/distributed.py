@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -116,6 +116,15 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     votes = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return tuple(bool(vote) for vote in votes.tolist())
+
+
+def total(values: Sequence[int]) -> list[int]:
+    """The sums over all processes, entry by entry; every process gets the same."""
+    if world_size() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def parallel(model: nn.Module) -> nn.Module:

@@ -5,13 +5,14 @@ The format is described in ``docs/packed-format.md``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectriton._check import check_choice
+from spectriton._check import check_choice, check_threshold, fail
 from spectriton.frequencies import stored_frequencies
 
 # A chunk of planes is transformed tile by tile, so a tile of planes must stay small beside any workspace.
@@ -78,6 +79,44 @@ def layout(shape: tuple[int, ...] | torch.Size | list[int]) -> Layout:
     return Layout(batch, channels, height, width, stored_frequencies(height, width), tile, -(-batch * channels // tile))
 
 
+def most_kept(density: float, sizes: Layout) -> int:
+    """Coefficients that a density keeps at most, to the nearest whole number; the zero-frequency row always stays."""
+    return max(sizes.row, round(density * sizes.frequencies * sizes.row))
+
+
+class PackedSize(NamedTuple):
+    """What decides how many bytes a packed spectrum takes.
+
+    Attributes:
+        shape: ``(B, C, H, W)`` of the maps.
+        kept: number of coefficients kept.
+        value_dtype: name of the value format, a key of :data:`VALUE_DTYPES`.
+    """
+
+    shape: tuple[int, ...]
+    kept: int
+    value_dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values, scales, bitmap and offsets."""
+        sizes = layout(self.shape)
+        tiles = sizes.frequencies * sizes.tiles
+        words = 2 if self.value_dtype in QUANTISED else 1  # offsets, and scales
+        parts = 1 if self.value_dtype == "int4" else 2
+        return self.kept * parts * VALUE_DTYPES[self.value_dtype].itemsize + tiles * (sizes.tile // 8 + 4 * words)
+
+    @property
+    def least_nbytes(self) -> int:
+        """Bytes with an infinite threshold, which keeps the zero frequency only."""
+        return self._replace(kept=layout(self.shape).row).nbytes
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the same maps, dense in float32."""
+        return 4 * math.prod(self.shape)
+
+
 class Origin(NamedTuple):
     """What a packed spectrum is made from again: the batch norm (and activation) of another with the same pattern.
 
@@ -140,6 +179,28 @@ class PackedSpectrum:
         edge, values, scales, bitmap, offsets = fields
         return cls(edge, values, scales, bitmap, offsets, tuple(shape), value_dtype)
 
+    @staticmethod
+    def bytes_for(shape: Sequence[int], density: float = 1.0, value_dtype: torch.dtype | str = torch.float32) -> int:
+        """The most that maps packed with ``density=`` take, in bytes; :attr:`nbytes` of what is packed is no larger.
+
+        It holds for finite coefficients: those that are not stay whatever the density.
+
+        Args:
+            shape: ``(B, C, H, W)`` of the maps.
+            density: fraction of the coefficients to keep; 1 is the bound for any threshold, too.
+            value_dtype: format of the kept values, see :func:`spectriton.ops.pack`.
+
+        Raises:
+            TypeError, ValueError: a density that is no fraction, no such format, or not the shape of maps.
+        """
+        op = "PackedSpectrum.bytes_for"
+        if len(shape) != 4 or min(shape[:2]) < 0 or min(shape[2:]) < 1:
+            fail(op, "shape", tuple(shape), "(B, C, H, W) of maps", "pass the shape of the maps, not of their spectrum")
+        if check_threshold(op, density, "density") > 1:
+            fail(op, "density", density, "a fraction from 0 to 1", "pass 0.25 for a quarter of the coefficients")
+        name = value_dtype_name(op, value_dtype, torch.float32)
+        return PackedSize(tuple(shape), most_kept(density, layout(tuple(shape))), name).nbytes
+
     # -- what it is ---------------------------------------------------------------------------------------------
 
     @property
@@ -172,6 +233,11 @@ class PackedSpectrum:
     def nbytes(self) -> int:
         """Bytes of storage: values, scales, bitmap and offsets."""
         return sum(t.untyped_storage().nbytes() for t in (self.values, self.scales, self.bitmap, self.offsets))
+
+    @property
+    def packed_size(self) -> PackedSize:
+        """Shape, number of kept coefficients and value format, without the tensors."""
+        return PackedSize(tuple(self.shape), self.kept, self.value_dtype)
 
     @property
     def dense_nbytes(self) -> int:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectriton import _check, distributed
+from spectriton.budget import BudgetController
 from spectriton.images import Images
 
 OPTIMIZERS = ("sgd", "adam")
@@ -195,7 +196,8 @@ class TrainResult:
     Attributes:
         history: one entry an epoch: ``epoch`` (from 1), ``lr``, ``train_loss``, ``train_accuracy``, ``test_loss``,
             ``test_accuracy`` (fractions in [0, 1]), ``seconds`` (training only), from 100 classes on
-            ``test_top5_accuracy`` and, where the network has packing blocks, ``density`` (of the test pass, by block).
+            ``test_top5_accuracy``, where the network has packing blocks ``density`` (of the test pass, by block), and
+            with a controller ``threshold_factor``.
         resumed_epochs: whole epochs that were read from the checkpoint.
     """
 
@@ -438,6 +440,7 @@ def train(
     progress: Progress | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     stop: threading.Event | None = None,
+    controller: BudgetController | None = None,
 ) -> TrainResult:
     """Train a model in place, from its weights of now or from the checkpoint where that exists.
 
@@ -455,6 +458,7 @@ def train(
         progress: is told of steps and epochs.
         checkpoint: where to keep the state; a path is enough.
         stop: set it (from a signal handler, say; in any process) to stop at the next step, with a checkpoint.
+        controller: of this model; moves its thresholds after each step, and is kept in the checkpoint.
 
     Raises:
         ValueError: the checkpoint is damaged, of another configuration, further than ``config.epochs``, or not the same
@@ -485,6 +489,7 @@ def train(
         "device": device.type,
         # One process leaves this out: so did the files that were written before there could be several.
         **({"processes": processes} if processes > 1 else {}),
+        **({"controller": True} if controller is not None else {}),
         "train_images": images_of_epoch,
         "test_images": data.count("test"),
         "image_size": data.image_size,
@@ -519,6 +524,8 @@ def train(
         try:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            if controller is not None:
+                controller.load_state_dict(state["controller"])
         except (RuntimeError, ValueError, KeyError) as error:
             _check.fail(
                 "checkpoint",
@@ -546,6 +553,7 @@ def train(
                 "identity": identity,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                **({"controller": controller.state_dict()} if controller is not None else {}),
                 "history": history,
                 "epoch": epoch,
                 "batch": batch,
@@ -566,6 +574,8 @@ def train(
             for images, labels, weight in _training_batches(data, config, device, epoch, skip=batch):
                 loss, right = training_step(called, optimizer, data.to_input(images), labels, config.amp, weight)
                 distributed.average_buffers(model)
+                if controller is not None:
+                    controller.step()
                 loss_sum += loss * len(labels)
                 right_sum += right
                 batch += 1
@@ -604,6 +614,8 @@ def train(
                 record["test_top5_accuracy"] = tested.top5_accuracy
             if tested.density:
                 record["density"] = tested.density
+            if controller is not None:
+                record["threshold_factor"] = controller.factor
             history.append(record)
             epoch, batch, seconds = epoch + 1, 0, 0.0
             loss_sum.zero_()

@@ -12,7 +12,7 @@ from spectriton.nn.activation import scale_parameter
 from spectriton.nn.conv import conv_padding_mode, conv_parameters, describe_taps
 from spectriton.nn.norm import SpectralBatchNorm2d, computed_again
 from spectriton.nn.transform import describe_rule
-from spectriton.packed import PackedSpectrum
+from spectriton.packed import PackedSize, PackedSpectrum
 
 
 class SpecBlock(nn.Module):
@@ -39,6 +39,7 @@ class SpecBlock(nn.Module):
 
     Attributes:
         last_density: fraction kept by the last forward pass, None before the first.
+        last_packed: its size, a :class:`spectriton.packed.PackedSize`; None likewise.
 
     Shapes: packed ``(B, I, H, W)``, or several whose channels add up to ``I``, to packed
     ``(B, O, H / stride, W / stride)``.
@@ -77,6 +78,7 @@ class SpecBlock(nn.Module):
         self.value_dtype = value_dtype
         self.workspace = workspace
         self.last_density: float | None = None
+        self.last_packed: PackedSize | None = None
         self.weight, self.bias = conv_parameters(in_channels, out_channels, kernel_size, groups, bias, device, dtype)
         scale = None if activation_scale is None else scale_parameter(out_channels, activation_scale, device, dtype)
         self.register_parameter("activation_scale", scale)
@@ -141,7 +143,7 @@ class SpecBlock(nn.Module):
         )
         if self.norm is not None:
             out = self.norm(out, activation=self.activation, activation_scale=self.activation_scale)
-        self.last_density = out.density
+        self.last_density, self.last_packed = out.density, out.packed_size
         return out
 
     def _threshold_scale(self) -> Tensor | None:

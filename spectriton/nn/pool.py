@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spectriton import ops
 from spectriton.nn.transform import describe_rule
-from spectriton.packed import PackedSpectrum
+from spectriton.packed import PackedSize, PackedSpectrum
 
 
 class _Pool2d(nn.Module):
@@ -37,6 +37,7 @@ class MaxPool2d(_Pool2d):
 
     Attributes:
         last_density: fraction kept by the last forward pass, None before the first and without a rule.
+        last_packed: its size, a :class:`spectriton.packed.PackedSize`; None likewise.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class MaxPool2d(_Pool2d):
         self.value_dtype = value_dtype
         self.workspace = workspace
         self.last_density: float | None = None
+        self.last_packed: PackedSize | None = None
 
     def forward(self, x: Tensor | PackedSpectrum) -> Tensor | PackedSpectrum:
         out = ops.max_pool2d(
@@ -65,7 +67,10 @@ class MaxPool2d(_Pool2d):
             value_dtype=self.value_dtype,
             workspace=self.workspace,
         )
-        self.last_density = out.density if isinstance(out, PackedSpectrum) else None
+        if isinstance(out, PackedSpectrum):
+            self.last_density, self.last_packed = out.density, out.packed_size
+        else:
+            self.last_density = self.last_packed = None
         return out
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spectriton import ops
-from spectriton.packed import PackedSpectrum
+from spectriton.packed import PackedSize, PackedSpectrum
 
 
 class ToSpectral(nn.Module):
@@ -20,6 +20,7 @@ class ToSpectral(nn.Module):
 
     Attributes:
         last_density: fraction kept by the last forward pass, None before the first.
+        last_packed: its size, a :class:`spectriton.packed.PackedSize`; None likewise.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class ToSpectral(nn.Module):
         self.value_dtype = value_dtype
         self.workspace = workspace
         self.last_density: float | None = None
+        self.last_packed: PackedSize | None = None
 
     def forward(self, x: Tensor) -> PackedSpectrum:
         packed = ops.to_spectral(
@@ -43,7 +45,7 @@ class ToSpectral(nn.Module):
             value_dtype=self.value_dtype,
             workspace=self.workspace,
         )
-        self.last_density = packed.density
+        self.last_density, self.last_packed = packed.density, packed.packed_size
         return packed
 
     def extra_repr(self) -> str:

@@ -16,12 +16,17 @@ from torch import Tensor
 from spectriton import reference
 from spectriton._backend import backend, workspace_bytes
 from spectriton.frequencies import frequency_grid
-from spectriton.packed import QUANTISED, VALUE_DTYPES, Layout, layout, make_edge
+from spectriton.packed import QUANTISED, VALUE_DTYPES, Layout, layout, make_edge, most_kept
 from spectriton.reference.pattern import from_bits, slots, tile_counts
 from spectriton.reference.unpack import take_values
 
 # Moduli are counted by the leading bits of their float32 pattern: bins of 0.2 % of the modulus.
 _HISTOGRAM_SHIFT = 14
+# Kernels compare squares, which rounds otherwise than a modulus does. Bins begin so many units in the last place below
+# a multiple of their width, thresholds stand half of that below it: what is kept for rounding's sake has been counted.
+_GUARD = 16
+# The square of a smaller threshold is zero in float32, and zeros are not below that.
+_LEAST_THRESHOLD = 2.0**-60
 
 
 class Packed(NamedTuple):
@@ -226,21 +231,26 @@ class Histogram:
     def add(self, y: Tensor) -> None:
         """Count the moduli of pairs ``(..., 2)``."""
         size = reference.modulus(y).to(torch.float32).flatten().nan_to_num_(nan=torch.inf)
-        bins = size.view(torch.int32) >> _HISTOGRAM_SHIFT
+        bins = (size.view(torch.int32) + _GUARD) >> _HISTOGRAM_SHIFT
         self._counts += torch.bincount(bins, minlength=self._counts.numel())
 
     def threshold(self, keep: int) -> float:
-        """A modulus that at most ``keep`` of the counted coefficients reach, within the width of a bin."""
+        """A modulus that at most ``keep`` of the counted coefficients reach, within the width of a bin.
+
+        Moduli of one bin are kept or dropped together. Zeros are dropped unless there is room for every coefficient.
+        """
         from_top = torch.cumsum(self._counts.flip(0), 0)
         bins = int((from_top <= keep).sum())
         lowest = self._counts.numel() - bins
-        pattern = torch.tensor(min(lowest << _HISTOGRAM_SHIFT, 0x7F800000), dtype=torch.int32)
-        return float(pattern.view(torch.float32))
+        if lowest == 0:
+            return 0.0
+        pattern = torch.tensor(min((lowest << _HISTOGRAM_SHIFT) - _GUARD // 2, 0x7F800000), dtype=torch.int32)
+        return max(float(pattern.view(torch.float32)), _LEAST_THRESHOLD)
 
 
 def keep_from_density(density: float, sizes: Layout) -> int:
     """Coefficients to keep beside the zero-frequency row, which is always kept."""
-    return max(0, round(density * sizes.frequencies * sizes.row) - sizes.row)
+    return most_kept(density, sizes) - sizes.row
 
 
 def tiles_at_a_time(sizes: Layout, dtype: torch.dtype, workspace: int) -> int:

@@ -305,7 +305,9 @@ def pack(
         size: ``(H, W)`` of the maps.
         threshold: coefficients whose modulus (in the ortho spectrum) is below it are dropped; those equal to it, and
             those that are not numbers, stay. The zero frequency always stays.
-        density: instead of a threshold, the fraction of the independent coefficients to keep (the largest ones).
+        density: instead of a threshold, the fraction of the independent coefficients to keep (the largest ones). No
+            more are kept, but for the zero frequency and for those that are not finite, so that the size is known in
+            advance: :meth:`PackedSpectrum.bytes_for`. Moduli that differ by less than 0.2 % may be dropped together.
         value_dtype: format of the kept values: ``torch.float32``, ``float16``, ``bfloat16``, ``float64``, ``int8`` or
             ``"int4"``; by default the precision of the spectrum. Integers get one scale a tile.
         rounding: of values to their format: ``"nearest"``, or ``"stochastic"``, which has no bias. No random generator

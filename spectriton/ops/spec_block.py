@@ -550,6 +550,8 @@ def spec_block(
         if given is not None and tuple(given.shape) != (outputs,):
             fail(op, argument, given, f"shape ({outputs},)", "pass one scale per output channel")
     level, fraction = check_rule(op, threshold, density)
+    if density is not None and threshold_scale is not None:
+        fail(op, "threshold_scale", threshold_scale, "none together with a density", "pass a threshold, or no scale")
     name = first.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, first.edge.dtype)
     origins, none = [p.origin for p in inputs], first.values.new_empty(0)
     fields = _spec_block(

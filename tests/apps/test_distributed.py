@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from spectriton import distributed, models
 from spectriton import train as st
+from spectriton.budget import BudgetController, packed_bytes
 from spectriton.compare import CompareConfig, compare
 from spectriton.images import Augmentation, ImageData
 from spectriton.sweep import sweep
@@ -79,6 +80,15 @@ def cut_short(path: Path) -> dict[str, Any]:
     }
 
 
+def budgeted() -> list[Any]:
+    """A few epochs under a budget; each process has images of its own, and reports what it saw and took."""
+    model = lenet("spectral")
+    controller = BudgetController(model, saved_ratio=0.2)
+    train(model, images(), dataclasses.replace(CONFIG, epochs=6), controller=controller)
+    model(images().to_input(images().train_images[distributed.share(44)]))
+    return [controller.state_dict(), controller.thresholds(), packed_bytes(model)]
+
+
 def said(call: Callable[[], object]) -> tuple[str, str]:
     """Kind and message of the error that a call ends in."""
     try:
@@ -106,11 +116,13 @@ def everything(out: Path) -> None:
         found = {
             "steps": {variant: some_steps(variant) for variant in VARIANTS},
             "runs": {variant: a_run(variant) for variant in VARIANTS},
+            "budget": budgeted(),
             "cut": cut_short(out / "cut.pt"),
             "compare": compare(COMPARE, out / "compare", data=data, plots=False, peers=["checkpoint"]),
             "sweep": [sweep(COMPARE, out / "sweep", thresholds=[0.5], data=data, plots=False) for _ in range(2)],
             "shares": [distributed.share(count) for count in (0, 1, 5, 6)],
             "flags": distributed.any_rank(rank == 1, False),
+            "total": distributed.total([rank, 1 << 40]),
             "gathered": distributed.gather(rank),
             "on main": distributed.on_main(distributed.rank),
             "full disk": said(lambda: distributed.on_main(full_disk)),
@@ -229,8 +241,20 @@ def test_what_a_group_is_made_of(ranks: Any) -> None:
     assert first["shares"] == [slice(0, 0), slice(0, 0), slice(0, 2), slice(0, 3)]
     assert second["shares"] == [slice(0, 0), slice(0, 1), slice(2, 5), slice(3, 6)]
     assert first["flags"] == second["flags"] == (True, False)
+    assert first["total"] == second["total"] == [1, 1 << 41]
     assert first["gathered"] == second["gathered"] == [0, 1]
     assert first["on main"] == second["on main"] == 0
+
+
+def test_a_budget_moves_the_thresholds_of_all_processes_alike(ranks: Any) -> None:
+    (state, levels, used), (other_state, other_levels, other_used) = (found["budget"] for found in ranks[0])
+    assert state == other_state and levels == other_levels and state["change"] != 0
+    assert used != other_used
+    half = models.build("lenet", "spectral", in_channels=1, image_size=12)
+    half(images().to_input(images().train_images[:22]))
+    sizes = [getattr(layer, "last_packed", None) for layer in half.modules()]
+    dense = sum(size.dense_nbytes for size in sizes if size is not None)
+    assert (used + other_used) / 2 == pytest.approx(0.2 * dense, rel=0.1)
 
 
 def test_no_process_is_left_waiting_for_one_that_failed(ranks: Any) -> None:
@@ -267,6 +291,7 @@ def test_one_process_is_a_world_of_one() -> None:
         assert (distributed.world_size(), distributed.rank(), distributed.is_main()) == (1, 0, True)
         assert distributed.share(5) == slice(0, 5)
         assert distributed.any_rank(True, False) == (True, False)
+        assert distributed.total([3, 4]) == [3, 4]
         model = nn.Linear(1, 1)
         assert distributed.parallel(model) is model
         with pytest.raises(OSError, match="no space"):
