@@ -139,7 +139,8 @@ class Options:
         paper: keep to arXiv 1905.10915: one threshold throughout, plain tanh, no batch norm, values in the precision of
             the network. Of the settings below only ``workspace`` is looked at then.
         input_threshold: the threshold for the images themselves; few channels cost little, so all is kept by default.
-        activation: see :class:`spectriton.nn.SpecBlock`.
+        activation: see :class:`spectriton.nn.SpecBlock`; or "relu" for :class:`spectriton.nn.SpatialReLU` behind each
+            block, which takes more memory and time and loses less accuracy.
         activation_scale: initial value of the learnt scale of the activation, in units of the ortho spectrum; None for
             no scale.
         normed_activation_scale: the same behind a batch norm, which brings maps to unit deviation.
@@ -315,7 +316,7 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if isinstance(layer, Conv):
             enter(layer.name)
-            modules[layer.name] = _block(layer, options)
+            modules |= _blocks(layer, options)
             margin = (layer.kernel_size - 1) // 2 - layer.pad
             if margin > 0 and layer.stride == 1:
                 # Away from the edges a circular convolution is the same, so cropping gives the one with less padding.
@@ -327,7 +328,12 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
                 _numbered(
                     layer,
                     lambda branch: nn.Sequential(
-                        OrderedDict((conv.name, _block(conv, options)) for conv in branch if isinstance(conv, Conv))
+                        OrderedDict(
+                            named
+                            for conv in branch
+                            if isinstance(conv, Conv)
+                            for named in _blocks(conv, options).items()
+                        )
                     ),
                 )
             )
@@ -369,17 +375,19 @@ def _numbered(
     return OrderedDict((f"layer{number}", build(branch)) for number, branch in enumerate(layer.branches, 1))
 
 
-def _block(layer: Conv, options: Options) -> snn.SpecBlock:
-    """The packed block of a convolution."""
+def _blocks(layer: Conv, options: Options) -> OrderedDict[str, nn.Module]:
+    """The packed block of a convolution, and what activates its maps where the block does not."""
     active = layer.activation or layer.deferred
+    in_space = active and options.activation == "relu"
     normed = (layer.norm or layer.deferred) and not options.paper
     scale = options.normed_activation_scale if normed else options.activation_scale
-    return snn.SpecBlock(
+    by_block = active and not in_space
+    block = snn.SpecBlock(
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
-        activation=options.activation if active else "identity",
-        activation_scale=scale if active else None,
+        activation=options.activation if by_block else "identity",
+        activation_scale=scale if by_block else None,
         groups=layer.groups,
         bias=layer.bias,
         value_dtype=options.value_dtype,
@@ -388,6 +396,12 @@ def _block(layer: Conv, options: Options) -> snn.SpecBlock:
         norm=normed,
         **options.rule(),
     )
+    modules: OrderedDict[str, nn.Module] = OrderedDict({layer.name: block})
+    if in_space:
+        modules[f"{layer.name}_activation"] = snn.SpatialReLU(
+            **options.rule(), value_dtype=options.value_dtype, workspace=options.workspace
+        )
+    return modules
 
 
 def _add_head(modules: OrderedDict[str, nn.Module], layer: Flatten | Dropout | Linear) -> None:

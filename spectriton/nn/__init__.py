@@ -1,6 +1,6 @@
 """Trainable layers. Parameters are real taps with the names and shapes of ``torch.nn``, so state dicts interchange."""
 
-from spectriton.nn.activation import SpectralActivation
+from spectriton.nn.activation import SpatialReLU, SpectralActivation
 from spectriton.nn.block import SpecBlock
 from spectriton.nn.conv import SpectralConv2d
 from spectriton.nn.global_pool import GlobalAvgPool, GlobalMaxPool
@@ -14,6 +14,7 @@ __all__ = [
     "GlobalAvgPool",
     "GlobalMaxPool",
     "MaxPool2d",
+    "SpatialReLU",
     "SpecBlock",
     "SpectralActivation",
     "SpectralBatchNorm2d",

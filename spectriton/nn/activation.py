@@ -1,4 +1,4 @@
-"""Activation of spectra as a module."""
+"""Activations as modules: of coefficients, and of the maps behind them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from spectriton import ops
 from spectriton._check import fail
+from spectriton.nn.transform import describe_rule
+from spectriton.packed import PackedSize, PackedSpectrum
 
 
 class SpectralActivation(nn.Module):
@@ -30,6 +32,55 @@ class SpectralActivation(nn.Module):
 
     def extra_repr(self) -> str:
         return self.kind if self.scale is None else f"{self.kind}, channels={self.scale.numel()}"
+
+
+class SpatialReLU(nn.Module):
+    """ReLU of the maps behind a packed spectrum, packed again; backward keeps one bit a value of the maps.
+
+    Goes further than the paper: where an activation of coefficients works on each by itself, all frequencies of a map
+    meet here. Maps exist a chunk at a time.
+
+    Args:
+        threshold: coefficients of the ortho spectrum whose modulus is below it are dropped; 0.5 where no density is
+            given.
+        density: instead of a threshold, the fraction of coefficients to keep.
+        value_dtype: format of the kept values, by default that of the input.
+        workspace: bound on temporaries in bytes.
+
+    Attributes:
+        last_density: fraction kept by the last forward pass, None before the first.
+        last_packed: sizes of what it gave.
+
+    Shapes: packed ``(B, C, H, W)`` to the same.
+    """
+
+    def __init__(
+        self,
+        threshold: float | None = None,
+        density: float | None = None,
+        value_dtype: torch.dtype | str | None = None,
+        workspace: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.threshold, self.density = ops.thresholding_rule("SpatialReLU", threshold, density, default=0.5)
+        self.value_dtype = value_dtype
+        self.workspace = workspace
+        self.last_density: float | None = None
+        self.last_packed: PackedSize | None = None
+
+    def forward(self, packed: PackedSpectrum) -> PackedSpectrum:
+        out = ops.spatial_relu(
+            packed,
+            threshold=self.threshold,
+            density=self.density,
+            value_dtype=self.value_dtype,
+            workspace=self.workspace,
+        )
+        self.last_density, self.last_packed = out.density, out.packed_size
+        return out
+
+    def extra_repr(self) -> str:
+        return describe_rule(self.threshold, self.density, self.value_dtype)
 
 
 def scale_parameter(

@@ -15,7 +15,7 @@ from torch.nn import functional
 from spectriton._backend import backend
 from spectriton._check import check_real_maps, fail
 from spectriton.frequencies import frequency_grid
-from spectriton.ops._arguments import check_rule, check_window, check_workspace
+from spectriton.ops._arguments import check_packed, check_rule, check_window, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
     fake_packed,
@@ -76,12 +76,33 @@ def _maxima(maps: Tensor, kernel: list[int], stride: list[int]) -> tuple[Tensor,
     code_of = torch.zeros((kernel[0] - 1) * size[1] + kernel[1], dtype=torch.uint8, device=maps.device)
     code_of[window] = torch.arange(window.numel(), device=maps.device).to(torch.uint8)
     code = code_of.index_select(0, index.sub_(_corners(size, kernel, stride, maps.device)).flatten())
-    per_byte = 8 // _code_bits(kernel)
+    return y[:, 0], _packed_codes(code, _code_bits(kernel))
+
+
+def _packed_codes(code: Tensor, bits: int) -> Tensor:
+    """Codes ``(n,)`` uint8, ``8 / bits`` to a byte, the first in the lowest bits."""
+    per_byte = 8 // bits
     code = functional.pad(code, (0, -code.numel() % per_byte)).view(-1, per_byte)
     packed = code[:, 0].clone()
     for place in range(1, per_byte):
-        packed |= code[:, place] << (place * 8 // per_byte)
-    return y[:, 0], packed
+        packed |= code[:, place] << (place * bits)
+    return packed
+
+
+def _rectified(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive parts of maps ``(n, H, W)``, and one bit a value that says where there is one, packed to bytes."""
+    positive = (maps > 0).view(-1)
+    if maps.device.type == "cpu":
+        packed = torch.from_numpy(np.packbits(positive.numpy(), bitorder="little"))
+    else:
+        packed = _packed_codes(positive.view(torch.uint8), 1)
+    return maps.clamp_min(0), packed
+
+
+def _masked(grad: Tensor, codes: Tensor) -> Tensor:
+    """The adjoint of :func:`_rectified`."""
+    bits = codes[:, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device) & 1
+    return grad * bits.view(-1)[: grad.numel()].view(grad.shape)
 
 
 def _maxima_of_pairs(maps: NDArray[Any]) -> tuple[Tensor, Tensor]:
@@ -274,7 +295,7 @@ _packed_max_pool2d.register_autograd(_packed_max_autograd, setup_context=_packed
 
 
 @define_op(
-    f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, SymInt[] kernel, SymInt[] stride, float threshold, "
+    f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, SymInt[] kernel, SymInt[] stride, bool rectify, float threshold, "
     f"float density, str value_dtype, int workspace) -> {PACKED_RESULT[:-1]}, Tensor)"
 )
 def _repacked_max_pool2d(
@@ -286,12 +307,16 @@ def _repacked_max_pool2d(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
+    rectify: bool,
     threshold: float,
     density: float,
     value_dtype: str,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    """:func:`_packed_max_pool2d` and the packed spectrum of its result, without that result."""
+    """:func:`_packed_max_pool2d` and the packed spectrum of its result, without that result.
+
+    To ``rectify``, windows of a single pixel take the maximum with zero.
+    """
     size = _output_size(shape[2:], kernel, stride)
     sizes, pooled = layout(shape), layout([*shape[:2], *size])
     outputs = size[0] * size[1]
@@ -306,7 +331,7 @@ def _repacked_max_pool2d(
         for t0 in range(first // sizes.tile, -(-last // sizes.tile), step):
             start, stop = t0 * sizes.tile, min((t0 + step) * sizes.tile, last)
             maps = maps_of(t0, min(t0 + step, -(-last // sizes.tile)))
-            y[start - first : stop - first], code = _maxima(maps, kernel, stride)
+            y[start - first : stop - first], code = _rectified(maps) if rectify else _maxima(maps, kernel, stride)
             at = _code_bytes(start, outputs, kernel)  # tiles of planes hold whole bytes of codes
             codes[at : at + code.numel()] = code
         return y
@@ -326,6 +351,7 @@ def _(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
+    rectify: bool,
     threshold: float,
     density: float,
     value_dtype: str,
@@ -338,7 +364,7 @@ def _(
 
 @define_op(
     "(Tensor grad, Tensor pooled_bitmap, Tensor pooled_offsets, Tensor codes, Tensor bitmap, Tensor offsets, "
-    "SymInt kept, SymInt[] shape, SymInt[] kernel, SymInt[] stride, int workspace) -> Tensor"
+    "SymInt kept, SymInt[] shape, SymInt[] kernel, SymInt[] stride, bool rectify, int workspace) -> Tensor"
 )
 def _repacked_max_pool2d_backward(
     grad: Tensor,
@@ -351,6 +377,7 @@ def _repacked_max_pool2d_backward(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
+    rectify: bool,
     workspace: int,
 ) -> Tensor:
     size = _output_size(shape[2:], kernel, stride)
@@ -363,7 +390,7 @@ def _repacked_max_pool2d_backward(
         code = codes[_code_bytes(first, outputs, kernel) : _code_bytes(last, outputs, kernel)]
         t0 = first // pooled.tile
         grads = grads_of(t0, -(-last // pooled.tile))[first - t0 * pooled.tile : last - t0 * pooled.tile]
-        return _spread(grads, code, shape[2:], kernel, stride)
+        return _masked(grads, code) if rectify else _spread(grads, code, shape[2:], kernel, stride)
 
     half = resolve_workspace(workspace, grad.device) // 2
     return gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, half)
@@ -381,6 +408,7 @@ def _(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
+    rectify: bool,
     workspace: int,
 ) -> Tensor:
     return grad.new_empty(kept, 2)
@@ -404,8 +432,8 @@ def _map_reader(
 
 
 def _repacked_max_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    edge, _, _, bitmap, offsets, ctx.shape, ctx.kernel, ctx.stride, *_, ctx.workspace = inputs
-    ctx.kept = edge.shape[0]
+    edge, _, _, bitmap, offsets, *ctx.pooling, _, _, _, workspace = inputs
+    ctx.kept, ctx.workspace = edge.shape[0], workspace
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
     ctx.set_materialize_grads(False)  # no zeros of the size of the values
     ctx.save_for_backward(output[3], output[4], output[5], bitmap, offsets)
@@ -413,9 +441,9 @@ def _repacked_max_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 def _repacked_max_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 12
-    arguments = (*ctx.saved_tensors, ctx.kept, ctx.shape, ctx.kernel, ctx.stride, ctx.workspace)
-    return _repacked_max_pool2d_backward(grad, *arguments), *(None,) * 11
+        return (None,) * 13
+    grad_input = _repacked_max_pool2d_backward(grad, *ctx.saved_tensors, ctx.kept, *ctx.pooling, ctx.workspace)
+    return grad_input, *(None,) * 12
 
 
 _repacked_max_pool2d.register_autograd(_repacked_max_autograd, setup_context=_repacked_max_setup)
@@ -516,8 +544,41 @@ def max_pool2d(
     if not repack:
         return _packed_max_pool2d(*maps, bound)[0]
     name = x.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, x.edge.dtype)
-    *fields, _ = _repacked_max_pool2d(*maps, *check_rule(op, threshold, density), name, bound)
+    *fields, _ = _repacked_max_pool2d(*maps, False, *check_rule(op, threshold, density), name, bound)
     return PackedSpectrum.of(fields, (*x.shape[:2], *_output_size(list(x.shape[2:]), kernel, steps)), name)
+
+
+def spatial_relu(
+    packed: PackedSpectrum,
+    *,
+    threshold: float | None = None,
+    density: float | None = None,
+    value_dtype: torch.dtype | str | None = None,
+    workspace: int | None = None,
+) -> PackedSpectrum:
+    """ReLU of the maps behind a packed spectrum, packed again.
+
+    Not an activation of coefficients: it works on the maps, which are made, rectified, transformed and forgotten a
+    chunk at a time, and lets all frequencies of a map meet. Backward keeps one bit a value of the maps.
+
+    Args:
+        packed: maps ``(B, C, H, W)``.
+        threshold, density, value_dtype: as for :func:`pack`; the format is that of ``packed`` by default.
+        workspace: bound on temporaries in bytes.
+
+    Returns:
+        Packed ``(B, C, H, W)``; differentiable.
+
+    Raises:
+        TypeError, ValueError: not a packed spectrum, or the rule is missing or out of range.
+    """
+    op = "spatial_relu"
+    check_packed(op, "packed", packed)
+    name = packed.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, packed.edge.dtype)
+    maps = (packed.edge, packed.values, packed.scales, packed.bitmap, packed.offsets, list(packed.shape))
+    rule, bound = check_rule(op, threshold, density), check_workspace(op, workspace)
+    *fields, _ = _repacked_max_pool2d(*maps, [1, 1], [1, 1], True, *rule, name, bound)
+    return PackedSpectrum.of(fields, packed.shape, name)
 
 
 def avg_pool2d(

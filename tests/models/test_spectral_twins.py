@@ -143,3 +143,17 @@ def test_frequencies_meet(name: str):
     textured = flat + torch.randn(1, 1, 32, 32)
     textured += 0.3 - textured.mean()
     assert not torch.allclose(network(flat), network(textured), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lenet", "vgg16_bn", "densenet22"])
+def test_twins_with_relu_in_space(name: str):
+    """The parameters of the original and no others; every activation of the original is there, and gradients are."""
+    torch.manual_seed(0)
+    options = {"threshold": 0.1, "activation": "relu", "width": 0.1}
+    spectral = models.build(name, "spectral", 10, 1, 32, **options)
+    spatial = models.build(name, "spatial", 10, 1, 32, width=0.1)
+    assert not [key for key, _ in spectral.named_parameters() if key.endswith("activation_scale")]
+    convolutions = [m for m in spatial.modules() if isinstance(m, nn.Conv2d)]
+    assert len([m for m in spectral.modules() if isinstance(m, snn.SpatialReLU)]) == len(convolutions)
+    spectral(torch.randn(2, 1, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in spectral.parameters())
