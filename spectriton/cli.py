@@ -162,6 +162,13 @@ def build_app() -> Any:
             rich_help_panel=data_panel,
         ),
     ]
+    Activation: TypeAlias = Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of the spectral network: {', '.join(models.ACTIVATIONS)} (in space); default: the model's.",
+            rich_help_panel=data_panel,
+        ),
+    ]
     Method: TypeAlias = Annotated[
         str,
         typer.Option(
@@ -262,6 +269,7 @@ def build_app() -> Any:
         threshold: Threshold = 0.5,
         budget: Budget = None,
         value_dtype: ValueDtype = None,
+        activation: Activation = None,
         paper: Paper = False,
         method: Method = "spectral",
         transform: Transform = "dct",
@@ -317,6 +325,7 @@ def build_app() -> Any:
         threshold: Threshold = 0.5,
         budget: Budget = None,
         value_dtype: ValueDtype = None,
+        activation: Activation = None,
         paper: Paper = False,
         width: Width = 1.0,
         image_size: ImageSize = None,
@@ -422,6 +431,7 @@ def build_app() -> Any:
             typer.Option(help="Moduli below which a coefficient is dropped (beta).", rich_help_panel=data_panel),
         ] = "0.5,0.75,1,1.25,1.5",
         value_dtype: ValueDtype = None,
+        activation: Activation = None,
         paper: Paper = False,
         width: Width = 1.0,
         image_size: ImageSize = None,

@@ -44,6 +44,8 @@ class CompareConfig:
         threshold: modulus below which a coefficient is dropped (the paper's beta).
         value_dtype: how kept coefficients are stored, a key of :data:`spectriton.packed.VALUE_DTYPES`; the model's own
             choice where ``None``.
+        activation: of the spectral network, see :class:`spectriton.models.Options`: ``"relu"`` for ReLU in space; the
+            model's own choice where ``None``.
         paper: keep to the paper instead of the best known settings.
         budget: what a training step of the spectral network may hold for backward, over what the spatial one holds
             (0.2), or in bytes for each process (``"64MiB"``, see :func:`spectriton.budget.parse_budget`): thresholds
@@ -77,6 +79,7 @@ class CompareConfig:
     transform: str = "dct"
     density: float | None = None
     bits: float | None = None
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         _check.check_choice("CompareConfig", "method", self.method, METHODS)
@@ -90,6 +93,11 @@ class CompareConfig:
                 _check.fail("CompareConfig", "budget", repr(self.budget), "none with method='compress'", fix)
         if self.value_dtype is not None:
             _check.check_choice("CompareConfig", "value_dtype", self.value_dtype, VALUE_DTYPES)
+        if self.activation is not None:
+            _check.check_choice("CompareConfig", "activation", self.activation, models.ACTIVATIONS)
+            if self.paper:
+                fix = "leave out --paper or --activation"
+                _check.fail("CompareConfig", "activation", repr(self.activation), "none together with paper", fix)
         if self.paper and self.value_dtype not in (None, "float32"):
             _check.fail(
                 "CompareConfig",
@@ -115,8 +123,11 @@ class CompareConfig:
         del settings["data_dir"]
         recipe = settings.pop("train")
         settings["value_dtype"] = self.stored_dtype
-        for name in ("transform", "density", "bits", *(() if self.budget is not None else ("budget",))):
+        for name in ("transform", "density", "bits"):
             del settings[name]
+        for name in ("budget", "activation"):
+            if settings[name] is None:
+                del settings[name]
         if self.method == "compress":
             settings["codec"] = repr(self.codec())
         device = self.train.resolve_device().type
@@ -148,8 +159,9 @@ def build_network(config: CompareConfig, data: Images, variant: str) -> nn.Modul
     """
     _check.check_choice("build_network", "variant", variant, VARIANTS)
     options: dict[str, Any] = {"threshold": config.threshold, "paper": config.paper, "width": config.width}
-    if config.value_dtype is not None:
-        options["value_dtype"] = config.value_dtype
+    for name in ("value_dtype", "activation"):
+        if getattr(config, name) is not None:
+            options[name] = getattr(config, name)
     seed_everything(config.train.seed)
     network: nn.Module = models.build(
         config.model,
@@ -206,6 +218,8 @@ def train_variant(
     }
     if variant == "compressed":
         identity["codec"] = repr(config.codec())
+    if config.activation is not None:
+        identity["activation"] = config.activation
     controller = None
     if variant == "spectral" and config.budget is not None:
         identity["budget"] = str(budget.parse_budget(config.budget))

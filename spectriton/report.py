@@ -130,6 +130,8 @@ def conditions(report: Mapping[str, Any]) -> str:
     kept = f"{config['value_dtype']} values"
     if "threshold" in config:
         kept = f"threshold {config['threshold']:g}, {kept}"
+    if "activation" in config:
+        kept = f"{config['activation']}, {kept}"
     if "budget" in config:
         kept = f"saved bytes held to {config['budget']}, from {kept}"
     if config.get("method") == "compress":

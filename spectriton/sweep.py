@@ -94,7 +94,8 @@ class Cell:
         if self.threshold is not None:
             return replace(run, threshold=self.threshold)
         default = CompareConfig()
-        return replace(run, threshold=default.threshold, value_dtype=default.value_dtype, paper=default.paper)
+        spectral = ("threshold", "value_dtype", "activation", "paper")
+        return replace(run, **{name: getattr(default, name) for name in spectral})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from spectriton import ops
 from spectriton._check import check_choice, fail
 from spectriton.models import alexnet, densenet, lenet, resnet, vgg
 from spectriton.models._describe import Layer, Options, spatial_network, spectral_network
@@ -45,6 +46,9 @@ NETWORKS = {
 }
 
 VARIANTS = ("spatial", "spectral")
+
+#: Activations of spectral networks: of coefficients, and ReLU in space.
+ACTIVATIONS = (*ops.ACTIVATIONS, "relu")
 
 
 def build(
@@ -95,4 +99,4 @@ def build(
     return network
 
 
-__all__ = ["NETWORKS", "VARIANTS", "Network", "Options", "build"]
+__all__ = ["ACTIVATIONS", "NETWORKS", "VARIANTS", "Network", "Options", "build"]

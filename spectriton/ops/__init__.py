@@ -19,8 +19,10 @@ from spectriton.ops.spectral_activation import spectral_activation
 from spectriton.ops.spectral_batch_norm import spectral_batch_norm
 from spectriton.ops.spectral_conv2d import spectral_conv2d
 from spectriton.ops.spectral_pool2d import spectral_pool2d
+from spectriton.reference import ACTIVATIONS
 
 __all__ = [
+    "ACTIVATIONS",
     "avg_pool2d",
     "channel_mix",
     "check_activation",

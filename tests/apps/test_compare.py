@@ -16,7 +16,8 @@ import torch
 from apps_standins import made_up_data
 
 from spectriton import compare as sc
-from spectriton import compression, plots, report
+from spectriton import compression, environment, plots, report
+from spectriton import nn as snn
 from spectriton.compare import CompareConfig, compare
 from spectriton.data import ImageData
 from spectriton.train import Silent, TrainConfig
@@ -349,3 +350,16 @@ def test_figure_of_gradients(tmp_path: Path) -> None:
     result = compression.gradient_report(network, [batch], loss=lambda y, _: y.square().mean())
     plots.draw_gradients(result.to_dict(), tmp_path / "new" / "gradients.png")
     assert (tmp_path / "new" / "gradients.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_activation_is_the_networks_own_unless_it_is_chosen() -> None:
+    assert "activation" not in CONFIG.describe()
+    chosen = dataclasses.replace(CONFIG, model="lenet", activation="relu")
+    assert chosen.describe()["activation"] == "relu"
+    network = sc.build_network(chosen, made_up_data(size=28), "spectral")
+    assert any(isinstance(module, snn.SpatialReLU) for module in network.modules())
+    assert "relu" in report.conditions({"config": chosen.describe(), "environment": environment.collect()})
+    with pytest.raises(ValueError, match="activation got 'gelu'"):
+        dataclasses.replace(CONFIG, activation="gelu")
+    with pytest.raises(ValueError, match="--paper or --activation"):
+        dataclasses.replace(CONFIG, activation="relu", paper=True)
