@@ -145,6 +145,19 @@ class Adjoint:
         return block_taps, min(next_power_of_2(inputs), max(rest, 1)), block_outputs
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """The kernels of the block codec.
+
+    Attributes:
+        values: numbers of the blocks that a program handles, counted with those that fill up its matrices.
+        num_warps: its warps.
+    """
+
+    values: int
+    num_warps: int
+
+
 @dataclass(frozen=True, eq=False)
 class Tunable(Generic[C]):
     """A kernel with its configurations.
@@ -291,6 +304,11 @@ KERNEL_SPECTRUM_ADJOINT = Tunable(
     lambda dtypes, sizes: Adjoint(16384, 16, 32, 4),
 )
 
+_BLOCK_SIZES = ("blocks", "components", "frequencies", "mix")
+_BLOCKS = tuple(Blocks(*numbers) for numbers in ((2048, 2), (2048, 4), (4096, 4), (4096, 8)))
+DECODE_BLOCKS = Tunable("decode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 4))
+ENCODE_BLOCKS = Tunable("encode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 4))
+
 TUNABLES: dict[str, Tunable[Any]] = {
     tunable.kernel: tunable
     for tunable in (
@@ -305,5 +323,7 @@ TUNABLES: dict[str, Tunable[Any]] = {
         UNPACK_PLANES,
         KERNEL_SPECTRUM,
         KERNEL_SPECTRUM_ADJOINT,
+        DECODE_BLOCKS,
+        ENCODE_BLOCKS,
     )
 }
