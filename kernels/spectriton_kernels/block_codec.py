@@ -70,15 +70,15 @@ class Plan(Protocol):
 
 @triton.jit
 def load_rows(
-    fields_ptr, deviation_ptr, i_first, components, BLOCK_C: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr
+    fields_ptr, factor_ptr, i_first, components, BLOCK_C: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """(start, width, deviation) of the rows of some components, (BLOCK_C, 1, BLOCK_M); width 0 where there is none."""
+    """(start, width, factor) of the rows of some components, (BLOCK_C, 1, BLOCK_M); 0 where there is none."""
     i_component = i_first + tl.arange(0, BLOCK_C)[:, None, None]
     o_m = tl.arange(0, BLOCK_M)[None, None, :]
     i_row = i_component * M + o_m
     b_field = tl.load(fields_ptr + i_row, mask=(i_component < components) & (o_m < M), other=0)
     width = b_field & 15
-    return b_field >> 4, width, tl.load(deviation_ptr + i_row, mask=width > 0, other=1.0)
+    return b_field >> 4, width, tl.load(factor_ptr + i_row, mask=width > 0, other=0.0)
 
 
 @triton.jit
@@ -101,12 +101,20 @@ def load_dct(dct_ptr, M: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def place_blocks(i_block, down, across, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Image (1, BLOCKS, 1) and position (y, x) (1, BLOCKS, BLOCK_M) of what blocks hold."""
+    """Image (1, BLOCKS, 1) and positions y and x (1, BLOCKS, BLOCK_M) of what blocks hold."""
     o_p = tl.arange(0, BLOCK_M)[None, None, :]
     i_row = i_block // across
     y = (i_row % down)[None, :, None] * EDGE_H + o_p // EDGE_W
     x = (i_block % across)[None, :, None] * EDGE_W + o_p % EDGE_W
     return (i_row // down)[None, :, None], y, x
+
+
+@triton.jit
+def offsets_of(i_image, i_channel, y, x, stride_b, stride_c, stride_y, stride_x, WIDE: tl.constexpr):
+    """Of maps, in 64 bits where they need them."""
+    if WIDE:
+        i_image, i_channel, y, x = i_image.to(tl.int64), i_channel.to(tl.int64), y.to(tl.int64), x.to(tl.int64)
+    return i_channel * stride_c + (i_image * stride_b + y * stride_y + x * stride_x)
 
 
 @triton.jit
@@ -136,6 +144,7 @@ def decode_blocks_kernel(
     COMPONENTS: tl.constexpr,
     EDGE_H: tl.constexpr,
     EDGE_W: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -161,17 +170,20 @@ def decode_blocks_kernel(
         MIX: channels of a group.
         COMPONENTS: channels of a slice.
         EDGE_H, EDGE_W: of a block; M is their product.
+        WIDE: whether offsets of maps need 64 bits.
         BLOCK_C, BLOCK_M: COMPONENTS and M, at least, as powers of two.
         BLOCKS: blocks that a program handles.
     """
     M: tl.constexpr = EDGE_H * EDGE_W
     n_tiles = tl.cdiv(blocks, BLOCKS)
     i_first = tl.program_id(0) // n_tiles * COMPONENTS
-    i_block = tl.program_id(0) % n_tiles * BLOCKS + tl.arange(0, BLOCKS)
+    i_first_block = tl.program_id(0) % n_tiles * BLOCKS
+    i_block = i_first_block + tl.arange(0, BLOCKS)
     n_left = tl.minimum(components, i_first + COMPONENTS)
 
     start, n_bits, b_deviation = load_rows(fields_ptr, deviation_ptr, i_first, n_left, BLOCK_C, M, BLOCK_M)
-    p_byte = records_ptr + (i_block.to(tl.int64) * length)[None, :, None] + (start >> 3)
+    p_byte = records_ptr + i_first_block.to(tl.int64) * length
+    p_byte += (tl.arange(0, BLOCKS) * length)[None, :, None] + (start >> 3)
     m_field = (n_bits > 0) & (i_block < blocks)[None, :, None]
     b_low = tl.load(p_byte, mask=m_field, other=0).to(tl.int32)
     # a field of up to eight bits lies within two bytes
@@ -179,12 +191,12 @@ def decode_blocks_kernel(
     b_code = (((b_high << 8) | b_low) >> (start & 7)) & ((1 << n_bits) - 1)
     b_value = tl.load(levels_ptr + (1 << n_bits) + b_code, mask=m_field, other=0.0) * b_deviation
 
+    b_value = tl.reshape(b_value, [BLOCK_C * BLOCKS, BLOCK_M])
+    b_value = tl.dot(b_value, load_dct(dct_ptr, M, BLOCK_M), input_precision=PRECISION)
     b_value = tl.reshape(b_value, [BLOCK_C, BLOCKS * BLOCK_M])
     if MIX > 1:
         b_basis = load_basis(basis_ptr, i_first, n_left, MIX, BLOCK_C)
         b_value = tl.dot(b_basis, b_value, input_precision=PRECISION)
-    b_value = tl.reshape(b_value, [BLOCK_C * BLOCKS, BLOCK_M])
-    b_value = tl.dot(b_value, load_dct(dct_ptr, M, BLOCK_M), input_precision=PRECISION)
     b_value = tl.reshape(b_value, [BLOCK_C, BLOCKS, BLOCK_M])
 
     i_channel = i_first + tl.arange(0, BLOCK_C)[:, None, None]
@@ -196,12 +208,11 @@ def decode_blocks_kernel(
         b_bound = tl.minimum(tl.maximum(b_value, -65504.0), 65504.0)
         b_value = tl.where(tl.abs(b_value) < float("inf"), b_bound, b_value)
     i_image, y, x = place_blocks(i_block, down, across, EDGE_H, EDGE_W, BLOCK_M)
-    o_image = i_image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+    o_out = offsets_of(i_image, i_channel, y, x, stride_b, stride_c, stride_y, stride_x, WIDE)
     m_image = (
         (i_block < blocks)[None, :, None] & (tl.arange(0, BLOCK_M) < M)[None, None, :] & (y < height) & (x < width)
     )
-    p_out = out_ptr + (i_channel.to(tl.int64) * stride_c + o_image)
-    tl.store(p_out, convert(b_value, out_ptr), mask=m_channel & m_image)
+    tl.store(out_ptr + o_out, convert(b_value, out_ptr), mask=m_channel & m_image)
 
 
 @triton.jit
@@ -224,7 +235,7 @@ def uniform(b_position, key):
 def encode_blocks_kernel(
     x_ptr,  # (B, C, height, width)
     fields_ptr,  # (components * M,)
-    deviation_ptr,  # (components * M,)
+    rates_ptr,  # (components * M,)
     factors_ptr,  # (9,)
     levels_ptr,  # (512,)
     basis_ptr,  # (components, MIX)
@@ -253,6 +264,7 @@ def encode_blocks_kernel(
     COMPONENTS: tl.constexpr,
     EDGE_H: tl.constexpr,
     EDGE_W: tl.constexpr,
+    WIDE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -265,7 +277,7 @@ def encode_blocks_kernel(
     Args:
         x_ptr: maps, of any strides.
         fields_ptr: int32, where the field of each row begins, shifted by 4 bits, and its width.
-        deviation_ptr: deviation of each row.
+        rates_ptr: rate of the compander over the deviation of each row.
         factors_ptr: of the compander, by width.
         levels_ptr: levels of the quantisers, those of `b` bits from `2^b` on (used with STOCHASTIC).
         basis_ptr: components of all groups (unused for MIX = 1).
@@ -289,6 +301,7 @@ def encode_blocks_kernel(
         MIX: channels of a group.
         COMPONENTS: channels of a slice.
         EDGE_H, EDGE_W: of a block; M is their product.
+        WIDE: whether offsets of maps need 64 bits.
         STOCHASTIC: whether noise decides between the levels on both sides of a value.
         SHARED: whether there are several slices.
         BLOCK_C, BLOCK_M: COMPONENTS and M, at least, as powers of two.
@@ -306,10 +319,9 @@ def encode_blocks_kernel(
     m_channel = i_channel < tl.minimum(n_left, channels)
     i_image, y, x = place_blocks(i_block, down, across, EDGE_H, EDGE_W, BLOCK_M)
     y, x = tl.minimum(y, height - 1), tl.minimum(x, width - 1)
-    o_image = i_image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+    o_x = offsets_of(i_image, i_channel, y, x, stride_b, stride_c, stride_y, stride_x, WIDE)
     m_image = (i_block < blocks)[None, :, None] & (tl.arange(0, BLOCK_M) < M)[None, None, :]
-    p_x = x_ptr + (i_channel.to(tl.int64) * stride_c + o_image)
-    b_x = tl.load(p_x, mask=m_channel & m_image, other=0.0).to(tl.float32)
+    b_x = tl.load(x_ptr + o_x, mask=m_channel & m_image, other=0.0).to(tl.float32)
     b_x -= tl.load(mean_ptr + i_channel, mask=m_channel, other=0.0)
     b_x *= tl.load(inverse_ptr + i_channel, mask=m_channel, other=0.0)
     # a group without a mean must not spoil the others of the slice
@@ -323,16 +335,17 @@ def encode_blocks_kernel(
         b_x = tl.dot(tl.trans(b_basis), b_x, input_precision=PRECISION)
     b_x = tl.reshape(b_x, [BLOCK_C, BLOCKS, BLOCK_M])
 
-    start, n_bits, b_deviation = load_rows(fields_ptr, deviation_ptr, i_first, n_left, BLOCK_C, M, BLOCK_M)
+    start, n_bits, b_rate = load_rows(fields_ptr, rates_ptr, i_first, n_left, BLOCK_C, M, BLOCK_M)
     b_factor = tl.load(factors_ptr + n_bits)
     b_half = (1 << n_bits) >> 1
     # the compander rises with the modulus; codes below zero mirror those above
-    b_cell = ((1.0 - tl.exp(tl.abs(b_x) * (-rate / b_deviation))) * b_factor).to(tl.int32)
+    b_x *= b_rate
+    b_cell = ((1.0 - tl.exp(-tl.abs(b_x))) * b_factor).to(tl.int32)
     b_cell = tl.minimum(tl.maximum(b_cell, 0), tl.maximum(b_half - 1, 0))
     b_code = tl.where(b_x < 0, -1 - b_cell, b_cell)
     if STOCHASTIC:
         m_row = (n_bits > 0) & (i_block < blocks)[None, :, None]
-        b_scaled = b_x / b_deviation
+        b_scaled = b_x * (1.0 / rate)
         # the level of the cell, and the next one on the other side of the value
         b_here = level_of(levels_ptr, b_code, b_half, m_row)
         b_code = tl.maximum(tl.where(b_scaled < b_here, b_code - 1, b_code), -b_half)
@@ -380,21 +393,22 @@ def slice_components(layout: Layout) -> int:
     return min(layout.components, max(1, SLICE // layout.mix) * layout.mix)
 
 
-def _shape(layout: Layout, config: Blocks) -> tuple[dict[str, int], int]:
+def _shape(layout: Layout, maps: torch.Tensor, config: Blocks) -> tuple[dict[str, int], int]:
     """(constants that both kernels share, programs)."""
     components = slice_components(layout)
     block_c = max(_LEAST, next_power_of_2(components))
     block_m = max(_LEAST, next_power_of_2(layout.edges[0] * layout.edges[1]))
-    blocks = min(next_power_of_2(layout.blocks), max(1, config.values // (block_c * block_m)))
+    blocks, num_warps = config.shape(block_c * block_m, layout.blocks)
     meta = {
         "MIX": layout.mix,
         "COMPONENTS": components,
         "EDGE_H": layout.edges[0],
         "EDGE_W": layout.edges[1],
+        "WIDE": sum((size - 1) * step for size, step in zip(maps.shape, maps.stride(), strict=True)) >= 1 << 31,
         "BLOCK_C": block_c,
         "BLOCKS": blocks,
         "BLOCK_M": block_m,
-        "num_warps": config.num_warps,
+        "num_warps": num_warps,
     }
     return meta, ceil_div(layout.components, components) * ceil_div(layout.blocks, blocks)
 
@@ -425,7 +439,7 @@ def plan_decode_blocks(
     assert out.shape == tuple(layout.shape), "out must have the shape of the layout"
     if config is None:
         config = DECODE_BLOCKS.choose(out.device, (out.dtype,), _sizes(layout))
-    meta, programs = _shape(layout, config)
+    meta, programs = _shape(layout, out, config)
     change = plan.change
     args = (
         records,
@@ -499,7 +513,7 @@ def plan_encode_blocks(
     assert x.shape == tuple(layout.shape), "x must have the shape of the layout"
     if config is None:
         config = ENCODE_BLOCKS.choose(x.device, (x.dtype,), _sizes(layout))
-    meta, programs = _shape(layout, config)
+    meta, programs = _shape(layout, x, config)
     bits, slices = _bits(plan, layout, meta)
     shared = None
     if slices.shape[0] > 2:
@@ -513,7 +527,7 @@ def plan_encode_blocks(
     args = (
         x,
         _fields(plan),
-        plan.deviation,
+        rate / plan.deviation,
         factors,
         levels,
         None if change.basis is None else change.basis.contiguous(),

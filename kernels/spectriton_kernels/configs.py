@@ -150,12 +150,18 @@ class Blocks:
     """The kernels of the block codec.
 
     Attributes:
-        values: numbers of the blocks that a program handles, counted with those that fill up its matrices.
-        num_warps: its warps.
+        values: numbers of the blocks that a program handles, those that fill up its matrices included, if that is a
+            block of a slice or more.
+        thread_values: numbers that a thread handles.
     """
 
     values: int
-    num_warps: int
+    thread_values: int
+
+    def shape(self, block_values: int, blocks: int) -> tuple[int, int]:
+        """(blocks, warps) of a program, for `blocks` of `block_values` numbers, a power of two."""
+        count = min(next_power_of_2(blocks), max(1, self.values // block_values))
+        return count, max(1, min(8, count * block_values // (32 * self.thread_values)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,9 +311,9 @@ KERNEL_SPECTRUM_ADJOINT = Tunable(
 )
 
 _BLOCK_SIZES = ("blocks", "components", "frequencies", "mix")
-_BLOCKS = tuple(Blocks(*numbers) for numbers in ((2048, 2), (2048, 4), (4096, 4), (4096, 8)))
-DECODE_BLOCKS = Tunable("decode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 4))
-ENCODE_BLOCKS = Tunable("encode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 4))
+_BLOCKS = tuple(Blocks(*numbers) for numbers in ((2048, 16), (2048, 32), (4096, 16), (4096, 32)))
+DECODE_BLOCKS = Tunable("decode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 32))
+ENCODE_BLOCKS = Tunable("encode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 32))
 
 TUNABLES: dict[str, Tunable[Any]] = {
     tunable.kernel: tunable

@@ -27,7 +27,6 @@ CASES = [
     ((8, 6, 7, 7), 2.0, 1),
     ((4, 1, 9, 10), 2.0, 1),  # one channel
     ((40, 10, 8, 8), 0.5, 4),  # 10 channels in groups of 4 are filled up to 12
-    ((40, 70, 4, 4), 2.5, 1),  # two slices
     SHARED_BYTES,
     ((3, 3, 2, 1), 8.0, 2),  # blocks of two positions
     ((70, 2, 1, 1), 2.0, 1),  # several blocks in a program, one position each
