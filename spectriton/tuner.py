@@ -438,7 +438,7 @@ def _coded(case: Case, random: _Random) -> tuple[block_codec.BlockLayout, block_
     edge = next(edge for edge in range(math.isqrt(frequencies), 0, -1) if frequencies % edge == 0)
     grid = (4, 4) if blocks % 16 == 0 else (1, 1)
     edges = edge, frequencies // edge
-    width = torch.arange(components * frequencies, device=random.device) % 3
+    width = torch.arange(1, components * frequencies + 1, device=random.device) % 3
     bits = int(width.sum())
     shape = (blocks // (grid[0] * grid[1]), components, grid[0] * edges[0], grid[1] * edges[1])
     layout = block_codec.BlockLayout(shape, edges, grid, components // mix, mix, -(-bits // 8), False)

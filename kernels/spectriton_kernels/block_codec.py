@@ -10,8 +10,8 @@ beside, from which they are added to the records.
 
 Bytes that have to be moved a value of the maps, at `r` bits a value: `4 + r / 8` in float32 and `2 + r / 8` in
 bfloat16, either way. The tables of rows (8 bytes a row, and in encoding 4 a bit of the record) come from the caches.
-Products take 768 operations a value for 64 channels and blocks of 64 positions, three for each one of float32: on an
-H100 about the time of moving four bytes, at the most that its tensor cores can do.
+Products take 768 operations a value for 64 channels and blocks of 64 positions, three for each one of float32: 0.8 ps
+at the 990 TFLOP/s of an H100, on which moving four bytes takes 1.3 ps.
 """
 
 from typing import Any, Protocol
