@@ -15,8 +15,9 @@ from torch import Tensor
 from spectriton import reference, tuning
 from spectriton._mixing import EmbeddedMixing, Mixing
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference import RowPattern, TileIndex
+from spectriton.reference import RowPattern, TileIndex, block_codec
 from spectriton.reference.pattern import channel_of
+from spectriton.reference.rounding import noise_key
 from spectriton.reference.spectral_activation import activate_backward
 from spectriton.reference.unpack import read_values, take_values
 
@@ -87,6 +88,22 @@ class Backend:
     gather_rows = staticmethod(reference.gather_rows)
     unpack_planes = staticmethod(reference.unpack_planes)
     rows_of_maps = staticmethod(reference.rows_of_maps)
+
+    def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
+        """How blocks are coded, from what is stored beside the records. On a GPU the host does not wait for it."""
+        return block_codec.make_plan(stored, layout, compact=stored[0].device.type == "cpu")
+
+    def encode_blocks(
+        self, x: Tensor, layout: block_codec.BlockLayout, plan: block_codec.Plan, seed: Tensor | None, workspace: int
+    ) -> Tensor:
+        """See :func:`spectriton.reference.block_codec.encode_blocks`; the plan is that of :meth:`block_plan`."""
+        return block_codec.encode_blocks(x, layout, plan, seed, workspace)
+
+    def decode_blocks(
+        self, records: Tensor, layout: block_codec.BlockLayout, plan: block_codec.Plan, out: Tensor, workspace: int
+    ) -> Tensor:
+        """See :func:`spectriton.reference.block_codec.decode_blocks`; the plan is that of :meth:`block_plan`."""
+        return block_codec.decode_blocks(records, layout, plan, out, workspace)
 
     def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
         """What may be handed to :meth:`row_pattern` to save counting at every chunk."""
@@ -255,6 +272,28 @@ class TritonBackend(Backend):
         """As the reference's."""
         implementation = reference if scales.numel() else self._kernels
         return implementation.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, count, row_scale, out)
+
+    def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
+        """Of all rows: the kernels pass over those without bits."""
+        return block_codec.make_plan(stored, layout, compact=False)
+
+    def encode_blocks(
+        self, x: Tensor, layout: block_codec.BlockLayout, plan: block_codec.Plan, seed: Tensor | None, workspace: int
+    ) -> Tensor:
+        """As the reference's, without temporaries but for groups too large for the kernels."""
+        if not self._kernels.can_code(layout):
+            return super().encode_blocks(x, layout, plan, seed, workspace)
+        levels, factors = block_codec.quantiser_levels(x.device), block_codec.compander_factors(x.device)
+        key = None if seed is None else noise_key(seed)
+        return self._kernels.encode_blocks(x, layout, plan, levels, factors, block_codec.RATE, key)
+
+    def decode_blocks(
+        self, records: Tensor, layout: block_codec.BlockLayout, plan: block_codec.Plan, out: Tensor, workspace: int
+    ) -> Tensor:
+        """As the reference's, without temporaries but for groups too large for the kernels."""
+        if not self._kernels.can_code(layout):
+            return super().decode_blocks(records, layout, plan, out, workspace)
+        return self._kernels.decode_blocks(records, layout, plan, block_codec.quantiser_levels(out.device), out)
 
     def unpack_gradient_rows(
         self,

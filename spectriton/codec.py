@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spectriton import reference
-from spectriton._backend import workspace_bytes
+from spectriton._backend import backend, workspace_bytes
 from spectriton._check import check_choice, check_real_maps, check_threshold, fail
 from spectriton.ops import to_spatial, to_spectral
 from spectriton.ops._arguments import check_rounding, check_rule, check_seed, check_workspace
@@ -322,14 +322,9 @@ class BlockCodec(Codec):
         layout = block_codec.block_layout(tuple(x.shape), self.density * self.bits, self.mix)
         workspace = workspace_bytes(self.workspace, x.device)
         stored = block_codec.fit(x, layout, workspace)
-        plan = block_codec.make_plan(stored, layout, compact=x.device.type == "cpu")
-        bits = block_codec.field_bits(plan, layout.record)
+        runs = backend(x.device)
         number = _seed(seed, stored[0]) if self.rounding == "stochastic" else None
-        records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8, device=x.device)
-        # Noise takes as much again.
-        for part in block_codec.regions(layout, workspace if number is None else workspace // 2):
-            maps = block_codec.maps_of(x, layout, part)
-            records[part.n0 : part.n1] = block_codec.encode_blocks(maps, layout, plan, bits, part.n0, number)
+        records = runs.encode_blocks(x, layout, runs.block_plan(stored, layout), number, workspace)
         return (records, *stored)
 
     def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
@@ -337,11 +332,9 @@ class BlockCodec(Codec):
             return
         layout = block_codec.block_layout(tuple(out.shape), self.density * self.bits, self.mix)
         records, scales, basis, spectrum = tensors
-        plan = block_codec.make_plan((scales, basis, spectrum), layout, compact=out.device.type == "cpu")
-        for part in block_codec.regions(layout, workspace_bytes(self.workspace, out.device)):
-            target = block_codec.maps_of(out, layout, part)
-            size = target.shape[2], target.shape[3]
-            _cast(target, block_codec.decode_blocks(records[part.n0 : part.n1], layout, plan, target.shape[0], size))
+        runs = backend(out.device)
+        plan = runs.block_plan((scales, basis, spectrum), layout)
+        runs.decode_blocks(records, layout, plan, out, workspace_bytes(self.workspace, out.device))
 
 
 def make_codec(
@@ -423,11 +416,8 @@ def _flat(x: Tensor) -> Tensor:
 
 def _cast(out: Tensor, values: Tensor) -> None:
     """``out[...] = values``; what is finite stays so in float16, too."""
-    if out.dtype != torch.float16 or values.dtype == torch.float16:
+    if out.dtype != torch.float16:
         out.copy_(values)
         return
-    info = torch.finfo(out.dtype)
     for first, last in _chunks(values.shape[0], 12 * values[:1].numel(), out.device):
-        # In bfloat16 the bound itself would be rounded beyond it.
-        part = values[first:last].to(torch.promote_types(values.dtype, torch.float32))
-        out[first:last] = torch.where(part.isfinite(), part.clamp(info.min, info.max), part)
+        reference.copy_in_range(out[first:last], values[first:last])

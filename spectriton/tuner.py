@@ -12,6 +12,7 @@ kept.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import statistics
@@ -29,6 +30,7 @@ from spectriton import _backend, environment, reference, tuning
 from spectriton._check import check_choice, fail
 from spectriton.frequencies import FrequencyGrid, frequency_grid
 from spectriton.packed import layout
+from spectriton.reference import block_codec
 from spectriton.timing import MOST_SETS, Stopwatch, copy_seconds, evict, input_sets
 
 #: A configuration replaces the heuristic where it is faster by this factor: less is within the scatter of timings.
@@ -154,6 +156,9 @@ class _Random:
 
     def mask(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, device=self.device) < _DENSITY
+
+    def bytes(self, *shape: int) -> Tensor:
+        return torch.randint(256, shape, generator=self.generator, dtype=torch.uint8, device=self.device)
 
     def scale(self, channels: int, dtype: torch.dtype) -> Tensor:
         return torch.linspace(1, 4, channels, dtype=dtype, device=self.device)
@@ -424,6 +429,67 @@ def _kernel_spectrum_adjoint(case: Case, random: _Random) -> Problem:
     return Problem(run, expected, _nbytes(grad, basis, out), out.zero_)
 
 
+def _coded(case: Case, random: _Random) -> tuple[block_codec.BlockLayout, block_codec.Plan, Tensor, Tensor]:
+    """(layout, plan, records of random bits, maps): rows of none, one and two bits.
+
+    The maps are those of the records: numbers lie within their cells, where rounding decides nothing.
+    """
+    (blocks, components, frequencies, mix), (dtype,) = case.sizes, case.dtypes
+    edge = next(edge for edge in range(math.isqrt(frequencies), 0, -1) if frequencies % edge == 0)
+    grid = (4, 4) if blocks % 16 == 0 else (1, 1)
+    edges = edge, frequencies // edge
+    width = torch.arange(1, components * frequencies + 1, device=random.device) % 3
+    bits = int(width.sum())
+    shape = (blocks // (grid[0] * grid[1]), components, grid[0] * edges[0], grid[1] * edges[1])
+    layout = block_codec.BlockLayout(shape, edges, grid, components // mix, mix, -(-bits // 8), False)
+    records = random.bytes(blocks, layout.record)
+    records[:, -1] &= (1 << (bits - 8 * (layout.record - 1))) - 1
+    one = torch.ones(components, device=random.device)
+    basis = None
+    if mix > 1:
+        basis = torch.linalg.qr(random.real(layout.groups, mix, mix, dtype=torch.float32)).Q
+    change = block_codec.Transform(one / 8, one, one, basis, block_codec.dct_matrix(edges, random.device))
+    rows = torch.arange(width.shape[0], device=random.device)
+    plan = block_codec.Plan(change, rows, width, width.cumsum(0) - width, torch.ones_like(width, dtype=torch.float32))
+    maps = torch.empty(shape, dtype=dtype, device=random.device)
+    return layout, plan, records, block_codec.decode_blocks(records, layout, plan, maps, _CHUNK_BYTES)
+
+
+def _decode_blocks(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.block_codec import plan_decode_blocks
+
+    layout, plan, records, maps = _coded(case, random)
+    out, levels = torch.empty_like(maps), block_codec.quantiser_levels(random.device)
+
+    def run(config: Any) -> Run:
+        _spoil(out)
+        return Run(plan_decode_blocks(records, layout, plan, levels, out, config).run, lambda: (out,))
+
+    return Problem(run, lambda: (maps,), _nbytes(records, maps))
+
+
+def _encode_blocks(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.block_codec import add_shared, plan_encode_blocks
+
+    layout, plan, records, maps = _coded(case, random)
+    out, levels = torch.zeros_like(records), block_codec.quantiser_levels(random.device)
+    factors = block_codec.compander_factors(random.device)
+
+    def run(config: Any) -> Run:
+        launch, slices, shared = plan_encode_blocks(
+            maps, layout, plan, levels, factors, block_codec.RATE, None, out, config
+        )
+
+        def call() -> None:
+            launch.run()
+            if shared is not None:
+                add_shared(out, slices, shared)
+
+        return Run(call, lambda: (out,))
+
+    return Problem(run, lambda: (records,), _nbytes(records, maps), out.zero_)
+
+
 _PROBLEMS: dict[str, Callable[[Case, _Random], Problem]] = {
     "complex_product": _complex_product,
     "complex_product_broadcast": _complex_product_broadcast,
@@ -436,6 +502,8 @@ _PROBLEMS: dict[str, Callable[[Case, _Random], Problem]] = {
     "unpack_planes": _unpack_planes,
     "kernel_spectrum": _kernel_spectrum,
     "kernel_spectrum_adjoint": _kernel_spectrum_adjoint,
+    "decode_blocks": _decode_blocks,
+    "encode_blocks": _encode_blocks,
 }
 
 
@@ -573,6 +641,9 @@ def layer_cases(batch: int, channels: int, size: int, kernel: int) -> Iterator[C
     for name in ("kernel_spectrum", "kernel_spectrum_adjoint"):
         weights = max(1, min(sizes.frequencies, _CHUNK_BYTES // (16 * channels * channels)))
         yield Case(name, (single, single), (weights, 1, channels, channels, kernel * kernel))
+    coded = block_codec.block_layout((batch, channels, size, size), 1.0, 64)
+    for name, dtype in itertools.product(("decode_blocks", "encode_blocks"), (single, torch.bfloat16)):
+        yield Case(name, (dtype,), (coded.blocks, coded.components, coded.frequencies, coded.mix))
 
 
 def unique(cases: Iterable[Case]) -> list[Case]:

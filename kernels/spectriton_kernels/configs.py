@@ -145,6 +145,25 @@ class Adjoint:
         return block_taps, min(next_power_of_2(inputs), max(rest, 1)), block_outputs
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """The kernels of the block codec.
+
+    Attributes:
+        values: numbers of the blocks that a program handles, those that fill up its matrices included, if that is a
+            block of a slice or more.
+        thread_values: numbers that a thread handles.
+    """
+
+    values: int
+    thread_values: int
+
+    def shape(self, block_values: int, blocks: int) -> tuple[int, int]:
+        """(blocks, warps) of a program, for `blocks` of `block_values` numbers, a power of two."""
+        count = min(next_power_of_2(blocks), max(1, self.values // block_values))
+        return count, max(1, min(8, count * block_values // (32 * self.thread_values)))
+
+
 @dataclass(frozen=True, eq=False)
 class Tunable(Generic[C]):
     """A kernel with its configurations.
@@ -291,6 +310,11 @@ KERNEL_SPECTRUM_ADJOINT = Tunable(
     lambda dtypes, sizes: Adjoint(16384, 16, 32, 4),
 )
 
+_BLOCK_SIZES = ("blocks", "components", "frequencies", "mix")
+_BLOCKS = tuple(Blocks(*numbers) for numbers in ((2048, 16), (2048, 32), (4096, 16), (4096, 32)))
+DECODE_BLOCKS = Tunable("decode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 32))
+ENCODE_BLOCKS = Tunable("encode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 32))
+
 TUNABLES: dict[str, Tunable[Any]] = {
     tunable.kernel: tunable
     for tunable in (
@@ -305,5 +329,7 @@ TUNABLES: dict[str, Tunable[Any]] = {
         UNPACK_PLANES,
         KERNEL_SPECTRUM,
         KERNEL_SPECTRUM_ADJOINT,
+        DECODE_BLOCKS,
+        ENCODE_BLOCKS,
     )
 }

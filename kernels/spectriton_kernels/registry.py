@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ._launch import Launch
+from .block_codec import plan_decode_blocks, plan_encode_blocks
 from .complex_product import plan_complex_product
 from .kernel_spectrum import plan_kernel_spectrum, plan_kernel_spectrum_adjoint
 from .pack import plan_gather_rows, plan_pack_rows
@@ -142,6 +143,54 @@ def _adjoint(
     return plan_kernel_spectrum_adjoint(grad, basis, groups, out, config)[0]
 
 
+def _layout(shape: tuple[int, ...], edge: int, mix: int) -> SimpleNamespace:
+    """Of maps at one bit a value, whose size is a multiple of the edge of blocks."""
+    batch, channels, height, width = shape
+    grid = height // edge, width // edge
+    return SimpleNamespace(
+        shape=shape,
+        edges=(edge, edge),
+        grid=grid,
+        mix=mix,
+        record=channels * edge * edge // 8,
+        blocks=batch * grid[0] * grid[1],
+        components=channels,
+    )
+
+
+def _block_plan(layout: SimpleNamespace) -> SimpleNamespace:
+    channels, frequencies = layout.components, layout.edges[0] * layout.edges[1]
+    rows = _meta(channels * frequencies, dtype=torch.int64)
+    change = SimpleNamespace(
+        mean=_meta(channels),
+        inverse=_meta(channels),
+        scale=_meta(channels),
+        basis=None if layout.mix == 1 else _meta(channels // layout.mix, layout.mix, layout.mix),
+        dct=_meta(frequencies, frequencies),
+    )
+    return SimpleNamespace(change=change, width=rows, start=rows, deviation=_meta(channels * frequencies))
+
+
+def _records(layout: SimpleNamespace) -> torch.Tensor:
+    return _meta(layout.blocks, layout.record, dtype=torch.uint8)
+
+
+def _decode_blocks(dtype: torch.dtype, shape: tuple[int, ...], edge: int, mix: int, config: Any = None) -> Launch:
+    layout = _layout(shape, edge, mix)
+    out = _meta(*shape, dtype=dtype)
+    return plan_decode_blocks(_records(layout), layout, _block_plan(layout), _meta(512), out, config)
+
+
+def _encode_blocks(
+    dtype: torch.dtype, shape: tuple[int, ...], edge: int, mix: int, stochastic: bool = False, config: Any = None
+) -> Launch:
+    layout = _layout(shape, edge, mix)
+    x, key = _meta(*shape, dtype=dtype), _meta(dtype=torch.int32) if stochastic else None
+    return plan_encode_blocks(x, layout, _block_plan(layout), _meta(512), _meta(9), 0.5, key, _records(layout), config)[
+        0
+    ]
+
+
 # The few examples that stand for their kernels where building all of them for every target would take too long.
 CORE = frozenset(
     {
@@ -157,6 +206,8 @@ CORE = frozenset(
         "unpack_planes fp32 to fp32",
         "kernel_spectrum fp32 to bf16 3x3",
         "kernel_spectrum_adjoint fp32 from fp32 3x3",
+        "decode_blocks fp32 64 channels 8x8",
+        "encode_blocks fp32 64 channels 8x8",
     }
 )
 
@@ -220,4 +271,11 @@ def examples() -> list[Example]:
     add("kernel_spectrum_adjoint fp32 from fp32 3x3 512 channels", _adjoint, single, single, 3, 512, 512, 1)
     add("kernel_spectrum_adjoint fp32 from fp32 11x11 3 inputs", _adjoint, single, single, 11, *narrow)
     add("kernel_spectrum_adjoint fp32 from fp32 3x3 depthwise", _adjoint, single, single, 3, *depthwise)
+
+    maps, small = (BATCH, CHANNELS, HEIGHT, WIDTH), (BATCH, 512, 7, 7)
+    for name, coder in (("decode_blocks", _decode_blocks), ("encode_blocks", _encode_blocks)):
+        add(f"{name} fp32 64 channels 8x8", coder, single, maps, 8, 64)
+        add(f"{name} bf16 16 channels 4x4", coder, brain, maps, 4, 16)
+    add("decode_blocks fp16 1 channel 7x7", _decode_blocks, half, small, 7, 1)
+    add("encode_blocks bf16 64 channels 7x7 stochastic", _encode_blocks, brain, small, 7, 64, True)
     return found

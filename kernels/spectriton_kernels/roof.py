@@ -36,7 +36,7 @@ class Work:
     Attributes:
         examples: names of the example launches.
         operand: the argument that is counted, one coefficient to `reals` of its elements.
-        reals: 2 for pairs, 4 for embedded weights.
+        reals: 2 for pairs, 4 for embedded weights, 1 for maps.
         read, written: bytes a coefficient that have to be moved, for a tile of so many coefficients.
         latency: seconds of accesses that wait for one another, for so many passes of the loop.
         passes: passes of a program's loop.
@@ -119,6 +119,24 @@ WORK = {
         reals=4,
         passes=lambda launch: launch.args[8],
         in_pass=lambda meta: ("FFMA", 2 * meta["BLOCK_K"] * meta["BLOCK_I"] * meta["BLOCK_O"]),
+    ),
+    "decode_blocks": Work(
+        ("decode_blocks fp32 64 channels 8x8",),
+        8,
+        lambda tile: 1 / 8,
+        lambda tile: 4,
+        lambda passes: CACHE_LATENCY + MEMORY_LATENCY + CACHE_LATENCY,  # field, record, level
+        reals=1,
+    ),
+    "encode_blocks": Work(
+        ("encode_blocks fp32 64 channels 8x8",),
+        0,
+        lambda tile: 4,
+        lambda tile: 1 / 8,
+        lambda passes: MEMORY_LATENCY + (1 + passes) * CACHE_LATENCY,  # maps, ends of the slice, rows of the bits
+        reals=1,
+        passes=lambda launch: launch.args[12].shape[1] // launch.meta["BYTES"],
+        in_pass=lambda meta: ("STG", meta["BLOCKS"] * meta["BYTES"]),
     ),
 }
 
@@ -275,7 +293,9 @@ several that come to the same code); the one that the heuristics choose is bold.
   over the time of accesses that wait for one another ({1e9 * MEMORY_LATENCY:.0f} ns from memory,
   {1e9 * CACHE_LATENCY:.0f} ns from the second-level cache, an atomic too).
 
-A coefficient is a complex number of the dense side, or a complex weight of a kernel spectrum.
+A coefficient is a complex number of the dense side, or a complex weight of a kernel spectrum; for the block codec a
+value of the maps, at one bit. What tensor cores need for its products is not among the bounds; see
+`spectriton_kernels/block_codec.py`.
 
 Without tuning the heuristics of `spectriton_kernels/configs.py` choose, by shapes and dtypes alone. `spectriton tune`
 measures each kernel's space on the GPU at hand and writes the fastest to the user's cache; see `spectriton/tuning.py`.

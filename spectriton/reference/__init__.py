@@ -17,7 +17,7 @@ from spectriton.reference.kernel_spectrum import (
 )
 from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise
 from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_index
-from spectriton.reference.rounding import ROUNDINGS, make_seed, seed_of, stochastic_cast, uniform
+from spectriton.reference.rounding import ROUNDINGS, copy_in_range, make_seed, seed_of, stochastic_cast, uniform
 from spectriton.reference.spectral_activation import (
     ACTIVATIONS,
     spectral_activation,
@@ -39,6 +39,7 @@ __all__ = [
     "complex_kernel_spectrum",
     "complex_kernel_spectrum_adjoint",
     "complex_product",
+    "copy_in_range",
     "gather_rows",
     "kernel_spectrum",
     "kernel_spectrum_adjoint",

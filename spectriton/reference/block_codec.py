@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from spectriton.reference.rounding import uniform
+from spectriton.reference.rounding import copy_in_range, uniform
 
 #: Largest number of bits of a field.
 MAX_WIDTH = 8
@@ -447,7 +447,8 @@ def transform_back(
 
 # -- quantiser ------------------------------------------------------------------------------------------------------
 
-_RATE = math.sqrt(2) / 3
+#: Of the compander, for values over their deviation.
+RATE = math.sqrt(2) / 3
 
 
 @lru_cache(maxsize=1)
@@ -456,7 +457,7 @@ def _level_table() -> NDArray[np.float32]:
     table = np.zeros(2 << MAX_WIDTH)
     for width in range(1, MAX_WIDTH + 1):
         half = 1 << (width - 1)
-        edges = -np.log1p(-np.arange(half) / (half * COMPANDER[width - 1])) / _RATE
+        edges = -np.log1p(-np.arange(half) / (half * COMPANDER[width - 1])) / RATE
         # Mean of a density proportional to exp(-sqrt(2) x) between each edge and the next.
         tail = np.append(np.exp(-math.sqrt(2) * edges), 0)
         first = np.append((edges + math.sqrt(0.5)), 0) * tail
@@ -467,8 +468,14 @@ def _level_table() -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=16)
-def _levels(device: torch.device) -> Tensor:
+def quantiser_levels(device: torch.device) -> Tensor:
+    """``(512,)`` float32: levels of ``b`` bits from ``2^b`` on, by their codes."""
     return torch.from_numpy(_level_table()).to(device)
+
+
+def compander_factors(device: torch.device) -> Tensor:
+    """``2^(b-1) m_b`` of ``b = 0 ..`` bits, 0 for none."""
+    return _table((0.0, *(m * (1 << width) for width, m in enumerate(COMPANDER))), device)
 
 
 def quantise_rows(values: Tensor, plan: Plan, noise: Tensor | None) -> Tensor:
@@ -481,9 +488,9 @@ def quantise_rows(values: Tensor, plan: Plan, noise: Tensor | None) -> Tensor:
             By default the nearest cell is taken.
     """
     half = torch.exp2(plan.width.to(torch.float32) - 1)[:, None]
-    factor = _lookup((0.0, *COMPANDER), plan.width)[:, None] * half
+    factor = compander_factors(plan.width.device)[plan.width][:, None]
     deviation = plan.deviation[:, None]
-    code = (values.abs() * (-_RATE / deviation)).expm1_().mul_(-factor).copysign_(values).floor_()
+    code = (values.abs() * (-RATE / deviation)).expm1_().mul_(-factor).copysign_(values).floor_()
     code = torch.maximum(torch.minimum(code, half - 1, out=code), -half, out=code)
     if noise is None:
         return code.to(torch.int8).view(torch.uint8)
@@ -499,7 +506,7 @@ def quantise_rows(values: Tensor, plan: Plan, noise: Tensor | None) -> Tensor:
 
 def _level(code: Tensor, half: Tensor) -> Tensor:
     place = torch.where(code < 0, code + 4 * half, code + 2 * half).to(torch.int32)
-    return _levels(code.device).index_select(0, place.view(-1)).view(code.shape)
+    return quantiser_levels(code.device).index_select(0, place.view(-1)).view(code.shape)
 
 
 def field_bits(plan: Plan, length: int) -> tuple[Tensor, Tensor]:
@@ -529,27 +536,42 @@ def read_fields(records: Tensor, plan: Plan) -> Tensor:
     window >>= (plan.start & 7).to(torch.int16)[:, None]
     first = (1 << plan.width).to(torch.int16)[:, None]
     window = window.bitwise_and_(first - 1).add_(first)
-    values = _levels(records.device).index_select(0, window.to(torch.int32).view(-1))
+    values = quantiser_levels(records.device).index_select(0, window.to(torch.int32).view(-1))
     return values.view(window.shape).mul_(plan.deviation[:, None])
 
 
-def encode_blocks(
-    maps: Tensor, layout: BlockLayout, plan: Plan, bits: tuple[Tensor, Tensor], first: int, seed: Tensor | None
-) -> Tensor:
-    """The records ``(n, L)`` of maps ``(b, C, h, W)``, whose first block has the number ``first``."""
-    values = transform(maps, layout, plan.change).flatten(0, 1).index_select(0, plan.rows)
-    noise = None
-    if seed is not None:
-        block = torch.arange(first, first + values.shape[1], device=maps.device)
-        noise = uniform(seed, block * (8 * layout.record) + plan.start[:, None])
-    return write_fields(quantise_rows(values, plan, noise), bits)
+def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | None, workspace: int) -> Tensor:
+    """The records ``(N, L)`` of maps ``x`` ``(B, C, H, W)``, any strides.
+
+    Args:
+        x: the maps.
+        layout: theirs.
+        plan: how they are coded.
+        seed: of stochastic rounding, 0-dimensional int64; by default cells are rounded to the nearest.
+        workspace: bound on temporaries in bytes.
+    """
+    bits = field_bits(plan, layout.record)
+    records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8, device=x.device)
+    # Noise takes as much again.
+    for part in regions(layout, workspace if seed is None else workspace // 2):
+        values = transform(maps_of(x, layout, part), layout, plan.change).flatten(0, 1).index_select(0, plan.rows)
+        noise = None
+        if seed is not None:
+            block = torch.arange(part.n0, part.n1, device=x.device)
+            noise = uniform(seed, block * (8 * layout.record) + plan.start[:, None])
+        records[part.n0 : part.n1] = write_fields(quantise_rows(values, plan, noise), bits)
+    return records
 
 
-def decode_blocks(records: Tensor, layout: BlockLayout, plan: Plan, batch: int, size: tuple[int, int]) -> Tensor:
-    """Records ``(n, L)`` to maps ``(batch, C, *size)``, float32."""
+def decode_blocks(records: Tensor, layout: BlockLayout, plan: Plan, out: Tensor, workspace: int) -> Tensor:
+    """Writes the maps ``out`` ``(B, C, H, W)`` of records ``(N, L)``, and returns them. In float16 they saturate."""
     basis = plan.change.basis
     components = layout.groups * (layout.mix if basis is None else basis.shape[2])
-    coefficients = torch.zeros(components * layout.frequencies, records.shape[0], device=records.device)
-    coefficients.index_copy_(0, plan.rows, read_fields(records, plan))
-    coefficients = coefficients.view(components, layout.frequencies, -1)
-    return transform_back(coefficients, layout, plan.change, batch, size)
+    for part in regions(layout, workspace):
+        target, own = maps_of(out, layout, part), records[part.n0 : part.n1]
+        coefficients = torch.zeros(components * layout.frequencies, own.shape[0], device=records.device)
+        coefficients.index_copy_(0, plan.rows, read_fields(own, plan))
+        coefficients = coefficients.view(components, layout.frequencies, -1)
+        size = target.shape[2], target.shape[3]
+        copy_in_range(target, transform_back(coefficients, layout, plan.change, target.shape[0], size))
+    return out

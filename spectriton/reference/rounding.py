@@ -59,6 +59,11 @@ def seed_of(x: Tensor) -> Tensor:
     return (bits * places).sum()
 
 
+def noise_key(seed: Tensor) -> Tensor:
+    """What of a seed goes into the noise: 0-dimensional int32."""
+    return _hash(_low_word(seed) ^ _hash(_low_word(seed >> 32) + _signed(_GOLDEN)))
+
+
 def uniform(seed: Tensor, positions: Tensor) -> Tensor:
     """Noise in [0, 1), float32, in steps of 2^-24.
 
@@ -66,7 +71,7 @@ def uniform(seed: Tensor, positions: Tensor) -> Tensor:
         seed: 0-dimensional int64.
         positions: int32 or int64, any shape; only their low 32 bits count.
     """
-    key = _hash(_low_word(seed) ^ _hash(_low_word(seed >> 32) + _signed(_GOLDEN)))
+    key = noise_key(seed)
     words = positions.clone() if positions.dtype == torch.int32 else _low_word(positions)
     words = _hash(words.mul_(_signed(_GOLDEN)).add_(key))
     return _shifted(words, 8).to(torch.float32).mul_(2.0**-24)
@@ -89,3 +94,13 @@ def stochastic_cast(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     spacing = torch.ldexp(torch.full_like(x, info.eps), exponent.clamp_(min=int(smallest)))
     rounded = (x / spacing).add_(noise).floor_().mul_(spacing).clamp_(-info.max, info.max)
     return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
+def copy_in_range(out: Tensor, values: Tensor) -> None:
+    """``out[...] = values``; what is finite stays so in float16, too."""
+    if out.dtype == torch.float16 and values.dtype != torch.float16:
+        info = torch.finfo(out.dtype)
+        # In bfloat16 the bound itself would be rounded beyond it.
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        values = torch.where(values.isfinite(), values.clamp(info.min, info.max), values)
+    out.copy_(values)

@@ -12,7 +12,7 @@ import torch
 
 from spectriton_kernels import configs
 from spectriton_kernels.complex_product import plan_complex_product
-from spectriton_kernels.configs import TUNABLES, Adjoint, Spectrum, Stream, Tiles
+from spectriton_kernels.configs import TUNABLES, Adjoint, Blocks, Spectrum, Stream, Tiles
 
 pytestmark = pytest.mark.triton
 KERNELS = Path(configs.__file__).parent
@@ -58,6 +58,9 @@ def test_blocks():
     assert Spectrum(8192, 8, 32, 4).shape(500, 3, 5, 8) == (32, 4, 8)
     assert Adjoint(16384, 16, 32, 4).shape(9, 64, 64, 4) == (16, 8, 32)
     assert Adjoint(16384, 16, 32, 4).shape(1, 2, 2, 8) == (1, 2, 2)
+    assert Blocks(4096, 32).shape(4096, 1000) == (1, 4)
+    assert Blocks(4096, 16).shape(1024, 1000) == (4, 8)
+    assert Blocks(2048, 32).shape(256, 3) == (4, 1)
 
 
 def test_small_work_gets_small_blocks():
