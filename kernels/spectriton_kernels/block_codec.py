@@ -362,7 +362,8 @@ def encode_blocks_kernel(
     i_end = tl.load(slices_ptr + i_slice + 1)
     o_block = tl.arange(0, BLOCKS)[:, None]
     p_record = records_ptr + (i_block.to(tl.int64) * length)[:, None]
-    for i_byte in range(i_begin >> 3, (i_end + 7) >> 3, BYTES):
+    i_byte = i_begin >> 3
+    while i_byte * 8 < i_end:  # no range: the interpreter of triton 3.6 takes no loaded bounds from numpy 2.4
         o_byte = i_byte + tl.arange(0, BYTES)
         o_bit = o_byte[:, None] * 8 + tl.arange(0, 8)[None, :]
         b_bit = tl.load(bits_ptr + o_bit, mask=(o_bit >= i_begin) & (o_bit < i_end), other=-1)
@@ -381,6 +382,7 @@ def encode_blocks_kernel(
             tl.store(p_shared, b_byte, mask=m_byte & (m_head | m_tail))
             m_byte = m_byte & (m_head == 0) & (m_tail == 0)
         tl.store(p_record + o_byte[None, :], b_byte, mask=m_byte)
+        i_byte += BYTES
 
 
 def can_code(layout: Layout) -> bool:

@@ -140,7 +140,7 @@ class Options:
             the network. Of the settings below only ``workspace`` is looked at then.
         input_threshold: the threshold for the images themselves; few channels cost little, so all is kept by default.
         activation: see :class:`spectriton.nn.SpecBlock`; or "relu" for :class:`spectriton.nn.SpatialReLU` behind each
-            block, which takes more memory and time and loses less accuracy.
+            block, where all frequencies meet; it takes more memory and time.
         activation_scale: initial value of the learnt scale of the activation, in units of the ortho spectrum; None for
             no scale.
         normed_activation_scale: the same behind a batch norm, which brings maps to unit deviation.
