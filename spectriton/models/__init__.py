@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from spectriton import ops
 from spectriton._check import check_choice, fail
 from spectriton.models import alexnet, densenet, lenet, resnet, vgg
-from spectriton.models._describe import Layer, Options, spatial_network, spectral_network
+from spectriton.models._describe import ACTIVATIONS, Layer, Options, spatial_network, spectral_network
 
 
 class Network(NamedTuple):
@@ -46,9 +45,6 @@ NETWORKS = {
 }
 
 VARIANTS = ("spatial", "spectral")
-
-#: Activations of spectral networks: of coefficients, and ReLU in space.
-ACTIVATIONS = (*ops.ACTIVATIONS, "relu")
 
 
 def build(

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from spectriton import nn as snn
-from spectriton._check import fail
+from spectriton import ops
+from spectriton._check import check_choice, fail
 from spectriton.packed import PackedSpectrum
+
+#: Activations of spectral networks: of coefficients, and ReLU in space.
+ACTIVATIONS = (*ops.ACTIVATIONS, "relu")
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class Options:
             if name not in known:
                 fail(op, "option", repr(name), f"one of {', '.join(known)}", "check the spelling", TypeError)
         settings = cls(**options)
+        check_choice(op, "activation", settings.activation, ACTIVATIONS)
         if settings.paper:
             return cls(
                 threshold=settings.threshold,
