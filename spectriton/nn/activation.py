@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from spectriton import ops
 from spectriton._check import fail
-from spectriton.nn.transform import describe_rule
-from spectriton.packed import PackedSize, PackedSpectrum
+from spectriton.nn.transform import PackingLayer
+from spectriton.packed import PackedSpectrum
 
 
 class SpectralActivation(nn.Module):
@@ -34,7 +34,7 @@ class SpectralActivation(nn.Module):
         return self.kind if self.scale is None else f"{self.kind}, channels={self.scale.numel()}"
 
 
-class SpatialReLU(nn.Module):
+class SpatialReLU(PackingLayer):
     """ReLU of the maps behind a packed spectrum, packed again; backward keeps one bit a value of the maps.
 
     Goes further than the paper: where an activation of coefficients works on each by itself, all frequencies of a map
@@ -54,33 +54,10 @@ class SpatialReLU(nn.Module):
     Shapes: packed ``(B, C, H, W)`` to the same.
     """
 
-    def __init__(
-        self,
-        threshold: float | None = None,
-        density: float | None = None,
-        value_dtype: torch.dtype | str | None = None,
-        workspace: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.threshold, self.density = ops.thresholding_rule("SpatialReLU", threshold, density, default=0.5)
-        self.value_dtype = value_dtype
-        self.workspace = workspace
-        self.last_density: float | None = None
-        self.last_packed: PackedSize | None = None
+    _default_threshold = 0.5
 
     def forward(self, packed: PackedSpectrum) -> PackedSpectrum:
-        out = ops.spatial_relu(
-            packed,
-            threshold=self.threshold,
-            density=self.density,
-            value_dtype=self.value_dtype,
-            workspace=self.workspace,
-        )
-        self.last_density, self.last_packed = out.density, out.packed_size
-        return out
-
-    def extra_repr(self) -> str:
-        return describe_rule(self.threshold, self.density, self.value_dtype)
+        return self._packed_by(ops.spatial_relu, packed)
 
 
 def scale_parameter(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,43 @@ from spectriton import ops
 from spectriton.packed import PackedSize, PackedSpectrum
 
 
-class ToSpectral(nn.Module):
+class PackingLayer(nn.Module):
+    """What layers share that pack what an op gives: thresholding rule, value format and workspace."""
+
+    _default_threshold: float
+
+    def __init__(
+        self,
+        threshold: float | None = None,
+        density: float | None = None,
+        value_dtype: torch.dtype | str | None = None,
+        workspace: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.threshold, self.density = ops.thresholding_rule(
+            type(self).__name__, threshold, density, default=self._default_threshold
+        )
+        self.value_dtype = value_dtype
+        self.workspace = workspace
+        self.last_density: float | None = None
+        self.last_packed: PackedSize | None = None
+
+    def _packed_by(self, op: Callable[..., PackedSpectrum], x: Tensor | PackedSpectrum) -> PackedSpectrum:
+        packed = op(
+            x,
+            threshold=self.threshold,
+            density=self.density,
+            value_dtype=self.value_dtype,
+            workspace=self.workspace,
+        )
+        self.last_density, self.last_packed = packed.density, packed.packed_size
+        return packed
+
+    def extra_repr(self) -> str:
+        return describe_rule(self.threshold, self.density, self.value_dtype)
+
+
+class ToSpectral(PackingLayer):
     """Maps ``(B, C, H, W)`` to a :class:`~spectriton.PackedSpectrum`.
 
     Args:
@@ -23,33 +61,10 @@ class ToSpectral(nn.Module):
         last_packed: its size, a :class:`spectriton.packed.PackedSize`; None likewise.
     """
 
-    def __init__(
-        self,
-        threshold: float | None = None,
-        density: float | None = None,
-        value_dtype: torch.dtype | str | None = None,
-        workspace: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.threshold, self.density = ops.thresholding_rule("ToSpectral", threshold, density, default=0.0)
-        self.value_dtype = value_dtype
-        self.workspace = workspace
-        self.last_density: float | None = None
-        self.last_packed: PackedSize | None = None
+    _default_threshold = 0.0
 
     def forward(self, x: Tensor) -> PackedSpectrum:
-        packed = ops.to_spectral(
-            x,
-            threshold=self.threshold,
-            density=self.density,
-            value_dtype=self.value_dtype,
-            workspace=self.workspace,
-        )
-        self.last_density, self.last_packed = packed.density, packed.packed_size
-        return packed
-
-    def extra_repr(self) -> str:
-        return describe_rule(self.threshold, self.density, self.value_dtype)
+        return self._packed_by(ops.to_spectral, x)
 
 
 class ToSpatial(nn.Module):

@@ -298,7 +298,7 @@ _packed_max_pool2d.register_autograd(_packed_max_autograd, setup_context=_packed
     f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, SymInt[] kernel, SymInt[] stride, bool rectify, float threshold, "
     f"float density, str value_dtype, int workspace) -> {PACKED_RESULT[:-1]}, Tensor)"
 )
-def _repacked_max_pool2d(
+def _repacked_pool2d(
     edge: Tensor,
     values: Tensor,
     scales: Tensor,
@@ -341,7 +341,7 @@ def _repacked_max_pool2d(
     return (*packed, codes)
 
 
-@_repacked_max_pool2d.register_fake
+@_repacked_pool2d.register_fake
 def _(
     edge: Tensor,
     values: Tensor,
@@ -366,7 +366,7 @@ def _(
     "(Tensor grad, Tensor pooled_bitmap, Tensor pooled_offsets, Tensor codes, Tensor bitmap, Tensor offsets, "
     "SymInt kept, SymInt[] shape, SymInt[] kernel, SymInt[] stride, bool rectify, int workspace) -> Tensor"
 )
-def _repacked_max_pool2d_backward(
+def _repacked_pool2d_backward(
     grad: Tensor,
     pooled_bitmap: Tensor,
     pooled_offsets: Tensor,
@@ -396,7 +396,7 @@ def _repacked_max_pool2d_backward(
     return gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, half)
 
 
-@_repacked_max_pool2d_backward.register_fake
+@_repacked_pool2d_backward.register_fake
 def _(
     grad: Tensor,
     pooled_bitmap: Tensor,
@@ -431,7 +431,7 @@ def _map_reader(
     return maps_of
 
 
-def _repacked_max_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _repacked_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     edge, _, _, bitmap, offsets, *ctx.pooling, _, _, _, workspace = inputs
     ctx.kept, ctx.workspace = edge.shape[0], workspace
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
@@ -439,14 +439,14 @@ def _repacked_max_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.save_for_backward(output[3], output[4], output[5], bitmap, offsets)
 
 
-def _repacked_max_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _repacked_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 13
-    grad_input = _repacked_max_pool2d_backward(grad, *ctx.saved_tensors, ctx.kept, *ctx.pooling, ctx.workspace)
+    grad_input = _repacked_pool2d_backward(grad, *ctx.saved_tensors, ctx.kept, *ctx.pooling, ctx.workspace)
     return grad_input, *(None,) * 12
 
 
-_repacked_max_pool2d.register_autograd(_repacked_max_autograd, setup_context=_repacked_max_setup)
+_repacked_pool2d.register_autograd(_repacked_autograd, setup_context=_repacked_setup)
 
 
 @define_op("(Tensor x, SymInt[] kernel, SymInt[] stride) -> Tensor")
@@ -544,7 +544,7 @@ def max_pool2d(
     if not repack:
         return _packed_max_pool2d(*maps, bound)[0]
     name = x.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, x.edge.dtype)
-    *fields, _ = _repacked_max_pool2d(*maps, False, *check_rule(op, threshold, density), name, bound)
+    *fields, _ = _repacked_pool2d(*maps, False, *check_rule(op, threshold, density), name, bound)
     return PackedSpectrum.of(fields, (*x.shape[:2], *_output_size(list(x.shape[2:]), kernel, steps)), name)
 
 
@@ -577,7 +577,7 @@ def spatial_relu(
     name = packed.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, packed.edge.dtype)
     maps = (packed.edge, packed.values, packed.scales, packed.bitmap, packed.offsets, list(packed.shape))
     rule, bound = check_rule(op, threshold, density), check_workspace(op, workspace)
-    *fields, _ = _repacked_max_pool2d(*maps, [1, 1], [1, 1], True, *rule, name, bound)
+    *fields, _ = _repacked_pool2d(*maps, [1, 1], [1, 1], True, *rule, name, bound)
     return PackedSpectrum.of(fields, packed.shape, name)
 
 

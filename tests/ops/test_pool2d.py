@@ -169,7 +169,7 @@ def test_maximum_packed_again_as_an_op():
     for window, rectify in (([2, 2], False), ([1, 1], True)):
         pooling = ([2, 3, 5, 6], window, window, rectify)
         arguments = (packed.edge.clone().requires_grad_(), *fields, *pooling, 0.3, -1.0, "float64", 0)
-        torch.library.opcheck(torch.ops.spectriton.repacked_max_pool2d.default, arguments)
+        torch.library.opcheck(torch.ops.spectriton.repacked_pool2d.default, arguments)
     with pytest.raises(ValueError, match="use ops.to_spectral on the result"):
         ops.max_pool2d(torch.zeros(1, 1, 4, 4), threshold=0.5)
 
