@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,6 +187,26 @@ def test_largest_batch_without_time_or_limit():
     assert largest(lambda batch: True, 4, lambda: next(in_time)) == (16, False)
     in_time = iter([True, True, True, False])
     assert largest(lambda batch: batch < 8, 4, lambda: next(in_time)) == (6, False)
+
+
+def test_batches_that_do_not_fit_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch):
+    held = []
+
+    class Full:
+        def __init__(self, *of_step: object) -> None:
+            self.maps = torch.zeros(8)
+            held.append(weakref.ref(self))
+
+        def __call__(self) -> None:
+            raise errors.pop()
+
+    monkeypatch.setattr(compress_step, "Step", Full)
+    given, reasons = compress_step.arguments(list(TINY)), []
+    errors = [RuntimeError("cuDNN: no such size\nat line 3"), torch.cuda.OutOfMemoryError("CUDA out of memory")]
+    assert not compress_step.fits(ROWS[EXACT], given, "lenet", 8, reasons) and not reasons
+    assert not compress_step.fits(ROWS[EXACT], given, "lenet", 16, reasons)
+    assert reasons == ["batch 16: cuDNN: no such size"]
+    assert [ref() for ref in held] == [None, None]
 
 
 def test_measured(tmp_path: Path):
