@@ -113,11 +113,14 @@ def pack_rows_kernel(
     m_kept = m_coefficient & ((b_re * b_re + b_im * b_im < b_square) == 0)
     b_kept = m_kept.to(tl.int32)
 
-    store_kept(bitmap_ptr, i_tile, m_tile, b_kept, TILE)
     n_kept = tl.sum(b_kept, axis=1)
     start = tl.atomic_add(cursor_ptr, tl.sum(n_kept, axis=0).to(tl.int64), sem="relaxed")
     start += tl.cumsum(n_kept, axis=0) - n_kept
-    tl.store(offsets_ptr + i_tile, start.to(tl.int32), mask=m_tile)
+    # a tile that does not fit is left empty: who reads the pattern before the cursor stays within `values`
+    m_fits = start + n_kept <= capacity
+    b_kept = tl.where(m_fits[:, None], b_kept, 0)
+    store_kept(bitmap_ptr, i_tile, m_tile, b_kept, TILE)
+    tl.store(offsets_ptr + i_tile, tl.where(m_fits, start, 0).to(tl.int32), mask=m_tile)
 
     if HAS_SCALE:
         b_re = b_scale * activate(b_re / b_scale, KIND)
@@ -126,8 +129,7 @@ def pack_rows_kernel(
         b_re = activate(b_re, KIND)
         b_im = activate(b_im, KIND)
     b_rank = tl.cumsum(b_kept, axis=1) - b_kept
-    n_room = tl.minimum(tl.maximum(capacity - start, 0), TILE).to(tl.int32)
-    store_pairs(values_ptr, start, b_rank, m_kept & (b_rank < n_room[:, None]), b_re, b_im)
+    store_pairs(values_ptr, start, b_rank, b_kept != 0, b_re, b_im)
 
 
 @triton.jit
@@ -258,8 +260,8 @@ def pack_rows(
     """Decides what of a dense chunk is kept, activates it and appends it.
 
     A coefficient is kept where its modulus is not below the threshold (squares are compared, in float64 for float64
-    data and float32 otherwise), where it is NaN, and always in row 0. When `values` is too short nothing is written
-    past its end and the cursor still advances by what was needed.
+    data and float32 otherwise), where it is NaN, and always in row 0. Tiles that do not fit `values` any more are
+    left empty, bitmap and all, and the cursor still advances by what was needed.
 
     Args:
         y: `(Fc, Tc * tile, 2)` real, dense chunk.
