@@ -78,8 +78,13 @@ class _Packing(NamedTuple):
 
 
 _in_force: ContextVar[Room | None] = ContextVar("spectriton_room", default=None)
-# Of the process, not of the thread: gradient checkpointing packs again in the threads of the backward pass.
-_deferred: list[_Packing] | None = None
+# Under this name among what PyTorch hands from a thread to those of its backward passes, where gradient checkpointing
+# packs again: a list of _Packing while counts are looked at later, else None. Other threads are none the wiser.
+_DEFERRED = "spectriton.deferred_packing"
+
+
+def _deferred() -> list[_Packing] | None:
+    return torch._C._get_obj_in_tls(_DEFERRED) if torch._C._is_key_in_tls(_DEFERRED) else None
 
 
 def with_room(room: Room, op: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -113,14 +118,14 @@ def expect(sizes: Layout, most: int | None) -> Expected | None:
 
 def is_deferred() -> bool:
     """Whether counts are looked at later."""
-    return _deferred is not None
+    return _deferred() is not None
 
 
 def take_down(sizes: Layout, counts: Counts, expected: Expected | None = None) -> None:
     """Remember, now or when the counts are looked at, what the layer at work kept and what it was ``expected`` to."""
-    room = _in_force.get()
-    if _deferred is not None:
-        _deferred.append(_Packing(room, sizes, counts, expected))
+    room, deferred = _in_force.get(), _deferred()
+    if deferred is not None:
+        deferred.append(_Packing(room, sizes, counts, expected))
     elif room is not None:
         room.saw(sizes, *counts.wait())
 
@@ -136,20 +141,21 @@ def deferred_packing() -> Iterator[None]:
 
     It should end before what cannot be taken back, the step of an optimiser, and best after the backward pass has been
     launched: a GPU that is at work there is waited for without running dry. Inside another such block it does nothing.
+    It holds for this thread, and for the backward passes that it starts.
 
     Raises:
         PackingOverflow: something did not fit, and what was computed is incomplete. The layers have learnt of it, so
             the next attempt finds room for what has been seen; outside of the block it is certain to succeed.
     """
-    global _deferred
-    if _deferred is not None:
+    if is_deferred():
         yield
         return
-    _deferred = []
+    packings: list[_Packing] = []
+    torch._C._stash_obj_in_tls(_DEFERRED, packings)
     try:
         yield
     finally:
-        packings, _deferred = _deferred, None
+        torch._C._stash_obj_in_tls(_DEFERRED, None)
         _look_at(packings)  # incomplete results may be the reason of another error, which becomes the context of this
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -205,6 +206,19 @@ def test_an_overflow_is_said_and_learnt_from(device: torch.device):
         step_of(1e4)()  # the first layer has learnt; what came to the others was incomplete
         raise ArithmeticError("of what was incomplete")
     assert isinstance(raised.value.__context__, ArithmeticError)
+
+
+def test_other_threads_check_for_themselves(device: torch.device):
+    layer = snn.ToSpectral(0.5)
+    x = torch.randn(2, 8, 4, 4, device=device)
+    layer(x)
+    found = []
+    with ops.deferred_packing():
+        thread = threading.Thread(target=lambda: found.append(layer(x)))
+        thread.start()
+        thread.join()
+        here = layer(x)
+    assert found[0].values.shape[0] == found[0].kept == here.kept < here.values.shape[0]
 
 
 def test_room_that_is_not_taken_up(device: torch.device):
