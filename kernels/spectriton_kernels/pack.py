@@ -113,14 +113,12 @@ def pack_rows_kernel(
     m_kept = m_coefficient & ((b_re * b_re + b_im * b_im < b_square) == 0)
     b_kept = m_kept.to(tl.int32)
 
-    n_kept = tl.sum(b_kept, axis=1)
-    start = tl.atomic_add(cursor_ptr, tl.sum(n_kept, axis=0).to(tl.int64), sem="relaxed")
-    start += tl.cumsum(n_kept, axis=0) - n_kept
-    # a tile that does not fit is left empty: who reads the pattern before the cursor stays within `values`
-    m_fits = start + n_kept <= capacity
-    b_kept = tl.where(m_fits[:, None], b_kept, 0)
     store_kept(bitmap_ptr, i_tile, m_tile, b_kept, TILE)
-    tl.store(offsets_ptr + i_tile, tl.where(m_fits, start, 0).to(tl.int32), mask=m_tile)
+    n_kept = tl.sum(b_kept, axis=1)
+    n_all = tl.sum(n_kept, axis=0).to(tl.int64)
+    first = tl.atomic_add(cursor_ptr, n_all, sem="relaxed")
+    start = first + tl.cumsum(n_kept, axis=0) - n_kept
+    tl.store(offsets_ptr + i_tile, start.to(tl.int32), mask=m_tile)
 
     if HAS_SCALE:
         b_re = b_scale * activate(b_re / b_scale, KIND)
@@ -129,7 +127,14 @@ def pack_rows_kernel(
         b_re = activate(b_re, KIND)
         b_im = activate(b_im, KIND)
     b_rank = tl.cumsum(b_kept, axis=1) - b_kept
-    store_pairs(values_ptr, start, b_rank, b_kept != 0, b_re, b_im)
+    n_room = tl.minimum(tl.maximum(capacity - start, 0), TILE).to(tl.int32)
+    store_pairs(values_ptr, start, b_rank, m_kept & (b_rank < n_room[:, None]), b_re, b_im)
+
+    if first + n_all > capacity:
+        # what does not fit is left empty: who reads the pattern before the cursor stays within `values`
+        tl.debug_barrier()
+        store_kept(bitmap_ptr, i_tile, m_tile, b_kept * 0, TILE)
+        tl.store(offsets_ptr + i_tile, tl.zeros_like(i_tile).to(tl.int32), mask=m_tile)
 
 
 @triton.jit

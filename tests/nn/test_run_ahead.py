@@ -221,6 +221,17 @@ def test_other_threads_check_for_themselves(device: torch.device):
     assert found[0].values.shape[0] == found[0].kept == here.kept < here.values.shape[0]
 
 
+def test_compiled_networks_pack_to_measure(device: torch.device):
+    net = nn.Sequential(snn.ToSpectral(0.5), snn.SpecBlock(2, 3, 3, 0.2), snn.ToSpatial()).to(device)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 2, 4, 4, device=device)
+    expected, packed = net(x), net[1].last_packed
+    with ops.deferred_packing():
+        y = compiled(x)
+    torch.testing.assert_close(y, expected)
+    assert net[1].last_packed == packed
+
+
 def test_room_that_is_not_taken_up(device: torch.device):
     layer = snn.ToSpectral(0.5)
     x = torch.randn(2, 64, 16, 16, device=device)
