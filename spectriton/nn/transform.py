@@ -31,17 +31,20 @@ class PackedOutput(nn.Module):
         self._last = tuple(out.shape), out.kept if counts is None else counts, out.value_dtype
         return out
 
-    @property
-    def last_packed(self) -> PackedSize | None:
+    def _last_size(self) -> PackedSize | None:
         if self._last is None:
             return None
         shape, kept, value_dtype = self._last
         return PackedSize(shape, kept.kept if isinstance(kept, Counts) else kept, value_dtype)
 
     @property
+    def last_packed(self) -> PackedSize | None:
+        return self._last_size()
+
+    @property
     def last_density(self) -> float | None:
-        last = self.last_packed
-        return None if last is None else last.density
+        size = self._last_size()
+        return None if size is None else size.density
 
 
 class PackingLayer(PackedOutput):

@@ -28,7 +28,7 @@ from spectriton.packed import Layout
 T = TypeVar("T")
 
 # Passes that are remembered; the largest of them counts.
-_PASSES = 16
+_PASSES = 4
 # Beyond it, of what a layer keeps and of the frequencies that it fills. What is not taken up counts as memory where the
 # check is deferred.
 _MARGIN = 1 / 16
@@ -136,7 +136,7 @@ def deferred_packing() -> Iterator[None]:
 
     For a GPU, whose Triton kernels pack into room chosen from what each layer kept before. They wait as ever in a
     layer's first pass, for integer values, stochastic rounding, and ops called by themselves with a threshold. Packed
-    spectra made within have room to spare: 1/16, and what the layer kept less than in the largest of its last 16
+    spectra made within have room to spare: 1/16, and what the layer kept less than in the largest of its last 4
     passes. ``nbytes`` counts it, ``kept`` and ``density`` do not, and wait for the number.
 
     It should end before what cannot be taken back, the step of an optimiser, and best after the backward pass has been

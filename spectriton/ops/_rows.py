@@ -27,7 +27,7 @@ def row_bytes(sizes: Layout, dtype: torch.dtype, kept: int, chunks: int = 1) -> 
     return int(sizes.padded_row * (chunks * item + 1 + share * (16 + 4 * item)))
 
 
-def filled_rows(bitmap: Tensor) -> Tensor:
+def rows_to_visit(bitmap: Tensor) -> Tensor:
     """``(n,)`` int64, ascending: the frequencies to look at, those at which something is kept among them.
 
     Where nothing was noted of the spectrum these are they, which the host waits for; else all before the empty tail.

@@ -207,7 +207,7 @@ class _Walk:
         if self._folds_on_host is not None:
             for row in self._folds_on_host.real:
                 if part.start <= row < part.stop:
-                    y[row - part.start, :, 1] = 0
+                    y[row - part.start, :, 1].zero_()
 
     def gather(
         self, source: _Source, x: Tensor, part: slice, rows: Tensor | slice, pattern: RowPattern | None, out: Tensor

@@ -157,7 +157,7 @@ def test_ahead_is_the_same(device: torch.device):
     densities = [module.last_density for module in net[:5]]
     net.load_state_dict(initial)
     loss = ops.run_ahead(step, net)
-    torch.testing.assert_close([loss, *state(net)], [expected_loss, *expected])
+    torch.testing.assert_close([loss, *state(net)], [expected_loss, *expected], rtol=1e-4, atol=1e-5)
     assert [module.last_density for module in net[:5]] == densities
 
 
