@@ -142,7 +142,7 @@ if [ -n "$gpu" ]; then
       if [ "$file" != tests/apps/test_tuner.py ]; then tests+=(--ignore="$file"); fi
     done
   fi
-  if [ "$quick" = 1 ]; then tests=(tests/kernels/test_{,un}pack.py tests/ops/test_spec_block.py); fi
+  if [ "$quick" = 1 ]; then tests=(tests/kernels/test_{,un}pack.py tests/ops/test_spec_block.py tests/nn/test_run_ahead.py); fi
   SPECTRITON_BACKEND=triton step tests $((quick ? 40 : 210)) "${pytest[@]}" "${workers[@]}" -m "not slow" --maxfail=30 "${tests[@]}"
   if sanitizer=$(command -v compute-sanitizer); then
     # Every allocation by itself, so that an access beyond one is seen.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spectriton._check import check_choice, check_threshold, fail
+from spectriton._counts import counts_of
 from spectriton.frequencies import stored_frequencies
 
 # A chunk of planes is transformed tile by tile, so a tile of planes must stay small beside any workspace.
@@ -107,6 +108,12 @@ class PackedSize(NamedTuple):
         return self.kept * parts * VALUE_DTYPES[self.value_dtype].itemsize + tiles * (sizes.tile // 8 + 4 * words)
 
     @property
+    def density(self) -> float:
+        """Kept coefficients over independent coefficients, from 0 to 1."""
+        sizes = layout(self.shape)
+        return self.kept / max(1, sizes.frequencies * sizes.row)
+
+    @property
     def least_nbytes(self) -> int:
         """Bytes with an infinite threshold, which keeps the zero frequency only."""
         return self._replace(kept=layout(self.shape).row).nbytes
@@ -137,7 +144,8 @@ class PackedSpectrum:
 
     Attributes:
         shape: ``(B, C, H, W)`` of the maps.
-        values: ``(N, 2)`` real and imaginary parts of the kept coefficients (``(N,)`` uint8 for ``"int4"``).
+        values: ``(N, 2)`` real and imaginary parts of the kept coefficients (``(N,)`` uint8 for ``"int4"``). Of those
+            made within :func:`spectriton.ops.deferred_packing`, ``N`` counts room to spare, in the edge likewise.
         scales: ``(F, T)`` float32, one per tile, for ``int8`` and ``"int4"`` values; empty otherwise.
         bitmap: ``(F, T, tile / 8)`` uint8, one bit a coefficient.
         offsets: ``(F, T)`` int32, where the values of a tile begin.
@@ -220,14 +228,16 @@ class PackedSpectrum:
 
     @property
     def kept(self) -> int:
-        """Number of coefficients kept, ``N``."""
-        return self.values.shape[0]
+        """Number of coefficients kept: ``N`` less room to spare, where there is any; a GPU is waited for then."""
+        if torch.compiler.is_compiling():
+            return self.values.shape[0]
+        counts = counts_of(self.bitmap)
+        return self.values.shape[0] if counts is None else counts.kept
 
     @property
     def density(self) -> float:
         """Kept coefficients over independent coefficients, from 0 to 1."""
-        sizes = self.layout
-        return self.kept / max(1, sizes.frequencies * sizes.row)
+        return self.packed_size.density
 
     @property
     def nbytes(self) -> int:
@@ -306,8 +316,9 @@ class PackedSpectrum:
             )
         if device is None or device == self.device:
             return self
+        packed = self._without_spare_room()
         move = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            name: getattr(packed, name).to(device, non_blocking=non_blocking)
             for name in ("edge", "values", "scales", "bitmap", "offsets")
         }
         return self._replace(**move)
@@ -320,6 +331,12 @@ class PackedSpectrum:
         """Move to a GPU."""
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device)
 
+    def _without_spare_room(self) -> PackedSpectrum:
+        kept = self.kept
+        if kept == self.values.shape[0]:
+            return self
+        return self._replace(edge=self.edge[:kept], values=self.values[:kept].clone())
+
     def _replace(self, **changes: Tensor) -> PackedSpectrum:
         fields = {name: changes.get(name, getattr(self, name)) for name in self.__slots__ if name != "origin"}
         return PackedSpectrum(**fields)
@@ -329,7 +346,7 @@ class PackedSpectrum:
     def __getstate__(self) -> dict[str, Any]:
         # The edge is one element seen N times; its precision is all that has to be kept.
         return {
-            "values": self.values,
+            "values": self._without_spare_room().values,
             "scales": self.scales,
             "bitmap": self.bitmap,
             "offsets": self.offsets,

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Which layer a module of spectriton/ is in; whatever is not named here is an application.
 LAYER_OF = {
     "_check": "base",
+    "_counts": "base",
     "_registry": "base",
     "frequencies": "base",
     "packed": "base",

@@ -115,8 +115,9 @@ def pack_rows_kernel(
 
     store_kept(bitmap_ptr, i_tile, m_tile, b_kept, TILE)
     n_kept = tl.sum(b_kept, axis=1)
-    start = tl.atomic_add(cursor_ptr, tl.sum(n_kept, axis=0).to(tl.int64), sem="relaxed")
-    start += tl.cumsum(n_kept, axis=0) - n_kept
+    n_all = tl.sum(n_kept, axis=0).to(tl.int64)
+    first = tl.atomic_add(cursor_ptr, n_all, sem="relaxed")
+    start = first + tl.cumsum(n_kept, axis=0) - n_kept
     tl.store(offsets_ptr + i_tile, start.to(tl.int32), mask=m_tile)
 
     if HAS_SCALE:
@@ -128,6 +129,12 @@ def pack_rows_kernel(
     b_rank = tl.cumsum(b_kept, axis=1) - b_kept
     n_room = tl.minimum(tl.maximum(capacity - start, 0), TILE).to(tl.int32)
     store_pairs(values_ptr, start, b_rank, m_kept & (b_rank < n_room[:, None]), b_re, b_im)
+
+    if first + n_all > capacity:
+        # what does not fit is left empty: who reads the pattern before the cursor stays within `values`
+        tl.debug_barrier()
+        store_kept(bitmap_ptr, i_tile, m_tile, b_kept * 0, TILE)
+        tl.store(offsets_ptr + i_tile, tl.zeros_like(i_tile).to(tl.int32), mask=m_tile)
 
 
 @triton.jit
@@ -258,8 +265,8 @@ def pack_rows(
     """Decides what of a dense chunk is kept, activates it and appends it.
 
     A coefficient is kept where its modulus is not below the threshold (squares are compared, in float64 for float64
-    data and float32 otherwise), where it is NaN, and always in row 0. When `values` is too short nothing is written
-    past its end and the cursor still advances by what was needed.
+    data and float32 otherwise), where it is NaN, and always in row 0. Tiles that do not fit `values` any more are
+    left empty, bitmap and all, and the cursor still advances by what was needed.
 
     Args:
         y: `(Fc, Tc * tile, 2)` real, dense chunk.

@@ -11,11 +11,11 @@ from spectriton import ops
 from spectriton.nn.activation import scale_parameter
 from spectriton.nn.conv import conv_padding_mode, conv_parameters, describe_taps
 from spectriton.nn.norm import SpectralBatchNorm2d, computed_again
-from spectriton.nn.transform import describe_rule
-from spectriton.packed import PackedSize, PackedSpectrum
+from spectriton.nn.transform import PackedOutput, describe_rule
+from spectriton.packed import PackedSpectrum
 
 
-class SpecBlock(nn.Module):
+class SpecBlock(PackedOutput):
     """Algorithm 1 of arXiv 1905.10915 on packed spectra: circular convolution, bias, threshold, activation.
 
     Parameters have the names and shapes of ``nn.Conv2d``. What goes further than the paper is a keyword and off by
@@ -77,8 +77,6 @@ class SpecBlock(nn.Module):
         self.groups = groups
         self.value_dtype = value_dtype
         self.workspace = workspace
-        self.last_density: float | None = None
-        self.last_packed: PackedSize | None = None
         self.weight, self.bias = conv_parameters(in_channels, out_channels, kernel_size, groups, bias, device, dtype)
         scale = None if activation_scale is None else scale_parameter(out_channels, activation_scale, device, dtype)
         self.register_parameter("activation_scale", scale)
@@ -126,7 +124,9 @@ class SpecBlock(nn.Module):
         return block
 
     def forward(self, packed: PackedSpectrum | Sequence[PackedSpectrum]) -> PackedSpectrum:
-        out = ops.spec_block(
+        out = ops.with_room(
+            self._room,
+            ops.spec_block,
             packed,
             self.weight,
             self.bias,
@@ -143,8 +143,7 @@ class SpecBlock(nn.Module):
         )
         if self.norm is not None:
             out = self.norm(out, activation=self.activation, activation_scale=self.activation_scale)
-        self.last_density, self.last_packed = out.density, out.packed_size
-        return out
+        return self._remember(out)
 
     def _threshold_scale(self) -> Tensor | None:
         """The threshold is meant for what comes out of the batch norm: back to what goes in.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from spectriton import ops
-from spectriton.nn.transform import describe_rule
-from spectriton.packed import PackedSize, PackedSpectrum
+from spectriton.nn.transform import PackedOutput, describe_rule
+from spectriton.packed import PackedSpectrum
 
 
 class _Pool2d(nn.Module):
@@ -21,7 +21,7 @@ class _Pool2d(nn.Module):
         return f"kernel_size={self.kernel_size}, stride={self.stride}"
 
 
-class MaxPool2d(_Pool2d):
+class MaxPool2d(_Pool2d, PackedOutput):
     """``nn.MaxPool2d`` without padding that saves 2 to 8 bits per output for backward instead of its input.
 
     Takes real maps ``(B, C, H, W)`` or their :class:`~spectriton.PackedSpectrum`, of which it makes the maps a chunk
@@ -54,11 +54,11 @@ class MaxPool2d(_Pool2d):
         self.threshold, self.density = ops.thresholding_rule("MaxPool2d", threshold, density, default=None)
         self.value_dtype = value_dtype
         self.workspace = workspace
-        self.last_density: float | None = None
-        self.last_packed: PackedSize | None = None
 
     def forward(self, x: Tensor | PackedSpectrum) -> Tensor | PackedSpectrum:
-        out = ops.max_pool2d(
+        out = ops.with_room(
+            self._room,
+            ops.max_pool2d,
             x,
             self.kernel_size,
             self.stride,
@@ -68,9 +68,8 @@ class MaxPool2d(_Pool2d):
             workspace=self.workspace,
         )
         if isinstance(out, PackedSpectrum):
-            self.last_density, self.last_packed = out.density, out.packed_size
-        else:
-            self.last_density = self.last_packed = None
+            return self._remember(out)
+        self._last = None
         return out
 
     def extra_repr(self) -> str:

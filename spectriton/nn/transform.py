@@ -8,10 +8,46 @@ import torch
 from torch import Tensor, nn
 
 from spectriton import ops
+from spectriton._counts import Counts, counts_of
 from spectriton.packed import PackedSize, PackedSpectrum
 
 
-class PackingLayer(nn.Module):
+class PackedOutput(nn.Module):
+    """What layers share whose output is packed: the room that it takes, and the size of the last one.
+
+    Attributes:
+        last_density: fraction kept by the last forward pass, None before the first.
+        last_packed: its size, a :class:`spectriton.packed.PackedSize`; None likewise. Asking for either waits for a GPU
+            that has not counted yet.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room = ops.Room()
+        self._last: tuple[tuple[int, ...], int | Counts, str] | None = None
+
+    def _remember(self, out: PackedSpectrum) -> PackedSpectrum:
+        counts = None if torch.compiler.is_compiling() else counts_of(out.bitmap)
+        self._last = tuple(out.shape), out.kept if counts is None else counts, out.value_dtype
+        return out
+
+    def _last_size(self) -> PackedSize | None:
+        if self._last is None:
+            return None
+        shape, kept, value_dtype = self._last
+        return PackedSize(shape, kept.kept if isinstance(kept, Counts) else kept, value_dtype)
+
+    @property
+    def last_packed(self) -> PackedSize | None:
+        return self._last_size()
+
+    @property
+    def last_density(self) -> float | None:
+        size = self._last_size()
+        return None if size is None else size.density
+
+
+class PackingLayer(PackedOutput):
     """What layers share that pack what an op gives: thresholding rule, value format and workspace."""
 
     _default_threshold: float
@@ -29,19 +65,18 @@ class PackingLayer(nn.Module):
         )
         self.value_dtype = value_dtype
         self.workspace = workspace
-        self.last_density: float | None = None
-        self.last_packed: PackedSize | None = None
 
     def _packed_by(self, op: Callable[..., PackedSpectrum], x: Tensor | PackedSpectrum) -> PackedSpectrum:
-        packed = op(
+        packed = ops.with_room(
+            self._room,
+            op,
             x,
             threshold=self.threshold,
             density=self.density,
             value_dtype=self.value_dtype,
             workspace=self.workspace,
         )
-        self.last_density, self.last_packed = packed.density, packed.packed_size
-        return packed
+        return self._remember(packed)
 
     def extra_repr(self) -> str:
         return describe_rule(self.threshold, self.density, self.value_dtype)

@@ -8,6 +8,7 @@ from spectriton.ops._arguments import (
     check_window,
     thresholding_rule,
 )
+from spectriton.ops._room import PackingOverflow, Room, deferred_packing, run_ahead, with_room
 from spectriton.ops.channel_mix import channel_mix
 from spectriton.ops.complex_product import complex_product
 from spectriton.ops.global_pool import global_avg_pool
@@ -23,6 +24,8 @@ from spectriton.reference import ACTIVATIONS
 
 __all__ = [
     "ACTIVATIONS",
+    "PackingOverflow",
+    "Room",
     "avg_pool2d",
     "channel_mix",
     "check_activation",
@@ -31,10 +34,12 @@ __all__ = [
     "check_stride",
     "check_window",
     "complex_product",
+    "deferred_packing",
     "global_avg_pool",
     "kernel_spectrum",
     "max_pool2d",
     "pack",
+    "run_ahead",
     "spatial_relu",
     "spec_block",
     "spectral_activation",
@@ -45,4 +50,5 @@ __all__ = [
     "to_spatial",
     "to_spectral",
     "unpack",
+    "with_room",
 ]

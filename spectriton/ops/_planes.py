@@ -15,7 +15,9 @@ from torch import Tensor
 
 from spectriton import reference
 from spectriton._backend import backend, workspace_bytes
+from spectriton._counts import Counts, note_counts
 from spectriton.frequencies import frequency_grid
+from spectriton.ops._room import Expected, expect, is_deferred, take_down
 from spectriton.packed import QUANTISED, VALUE_DTYPES, Layout, layout, make_edge, most_kept
 from spectriton.reference.pattern import from_bits, slots, tile_counts
 from spectriton.reference.unpack import take_values
@@ -147,7 +149,8 @@ class Packer:
 class KernelPacker(Packer):
     """By the Triton kernels, which append to a buffer that a chunk is expected to fit.
 
-    Where it does not, the buffer is made to measure and the chunk packed again: nothing is lost.
+    The host waits for each chunk. Where it does not fit, the buffer is made to measure and the chunk packed again:
+    nothing is lost, whatever comes.
     """
 
     def __init__(self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -196,17 +199,114 @@ class KernelPacker(Packer):
         pieces, self._pieces = self._pieces or [self._no_values()], []
         self._buffer = self._no_values()
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        counts = Counts(_count(torch.full((1,), self._kept, device=values.device), self.bitmap))
+        note_counts(self.bitmap, counts)
+        take_down(self.sizes, counts)
         edge = make_edge(self._kept, self.dtype, values.device)
         return Packed(edge, values, self.scales, self.bitmap, self._offsets)
+
+
+class RoomPacker(Packer):
+    """By the Triton kernels, into room for all that is expected: the host does not wait between the chunks.
+
+    Whether it :meth:`fits` is known once all chunks are in.
+    """
+
+    def __init__(
+        self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device, expected: Expected
+    ) -> None:
+        super().__init__(sizes, value_dtype, dtype, device)
+        self._primitives = backend(device)
+        self._expected = expected
+        self._offsets = torch.zeros(sizes.frequencies, sizes.tiles, dtype=torch.int32, device=device)
+        self._values = torch.empty(expected.kept, 2, dtype=self.value_dtype, device=device)
+        self._cursor = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def append(
+        self,
+        y: Tensor,
+        rows: slice,
+        threshold: float | Tensor,
+        kind: str = "identity",
+        scale: Tensor | None = None,
+        t0: int = 0,
+    ) -> None:
+        """As the reference's."""
+        target = (self.bitmap, self._offsets, self._values, self._cursor)
+        self._primitives.pack_rows(
+            y, self.sizes.row, threshold, rows, t0, *target, kind, scale, self.sizes.channels
+        )  # fmt: skip
+
+    def fits(self) -> bool:
+        """Whether all is there, for which the host waits; where checks are deferred, it is taken for granted."""
+        numbers = _count(self._cursor, self.bitmap)
+        if is_deferred():
+            counts = Counts(numbers, self._expected.rows)
+        else:
+            counts = Counts(numbers)
+            if counts.kept > self._expected.kept:
+                return False
+            if counts.kept < self._expected.kept:
+                self._values = self._values[: counts.kept].clone()
+        note_counts(self.bitmap, counts)
+        take_down(self.sizes, counts, self._expected)
+        return True
+
+    def finish(self) -> Packed:
+        """The packed tensors; values and edge have room to spare where checks are deferred."""
+        edge = make_edge(self._values.shape[0], self.dtype, self._values.device)
+        return Packed(edge, self._values, self.scales, self.bitmap, self._offsets)
+
+
+def _count(kept: Tensor, bitmap: Tensor) -> Tensor:
+    """``(2,)`` int64 for :class:`Counts`: ``kept`` ``(1,)``, and the frequencies before the tail without values."""
+    filled = bitmap.flatten(1).any(1)
+    numbers = torch.arange(1, filled.numel() + 1, device=bitmap.device)
+    return torch.cat([kept, (filled * numbers).max()[None]])
 
 
 def packer(
     sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device, seed: Tensor | None = None
 ) -> Packer:
-    """The :class:`Packer` for a device and a value format; the kernels neither write integers nor round at random."""
-    if backend(device).name == "triton" and value_dtype not in QUANTISED and seed is None:
+    """The :class:`Packer` for a device and a value format, whatever it is given to pack."""
+    if _by_kernels(value_dtype, device, seed):
         return KernelPacker(sizes, value_dtype, dtype, device)
     return Packer(sizes, value_dtype, dtype, device, seed)
+
+
+def _by_kernels(value_dtype: str, device: torch.device, seed: Tensor | None) -> bool:
+    """Whether the kernels pack: they neither write integers nor round at random."""
+    return backend(device).name == "triton" and value_dtype not in QUANTISED and seed is None
+
+
+def pack_chunks(
+    fill: Callable[[Packer], None],
+    sizes: Layout,
+    value_dtype: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: Tensor | None = None,
+    most: int | None = None,
+) -> Packed:
+    """Pack what ``fill`` appends to the packer that it is given.
+
+    It is called a second time where the kernels packed into room that was chosen in advance, and it did not fit.
+
+    Args:
+        fill: calls :meth:`Packer.append` for each chunk.
+        sizes, value_dtype, dtype, device, seed: as for :class:`Packer`.
+        most: coefficients that the thresholding rule keeps at most, None where it does not say.
+    """
+    expected = expect(sizes, most) if _by_kernels(value_dtype, device, seed) else None
+    if expected is not None:
+        ahead = RoomPacker(sizes, value_dtype, dtype, device, expected)
+        fill(ahead)
+        if ahead.fits():
+            return ahead.finish()
+        del ahead  # before its values are made once more
+    making = packer(sizes, value_dtype, dtype, device, seed)
+    fill(making)
+    return making.finish()
 
 
 def check_kept(kept: int) -> None:
@@ -226,26 +326,30 @@ class Histogram:
     """Counts of moduli, from which a threshold is taken that keeps a set fraction of the coefficients."""
 
     def __init__(self, device: torch.device) -> None:
+        self._on_host = backend(device).name == "reference"
         self._counts = torch.zeros((1 << (31 - _HISTOGRAM_SHIFT)) + 1, dtype=torch.int64, device=device)
 
     def add(self, y: Tensor) -> None:
         """Count the moduli of pairs ``(..., 2)``."""
         size = reference.modulus(y).to(torch.float32).flatten().nan_to_num_(nan=torch.inf)
         bins = (size.view(torch.int32) + _GUARD) >> _HISTOGRAM_SHIFT
-        self._counts += torch.bincount(bins, minlength=self._counts.numel())
+        if self._on_host:
+            self._counts += torch.bincount(bins, minlength=self._counts.numel())
+        else:  # which bincount would wait for
+            self._counts.index_add_(0, bins, self._counts.new_ones(1).expand(bins.numel()))
 
-    def threshold(self, keep: int) -> float:
-        """A modulus that at most ``keep`` of the counted coefficients reach, within the width of a bin.
+    def threshold(self, density: float, sizes: Layout) -> float | Tensor:
+        """A modulus that at most a fraction of the coefficients of maps reach, within the width of a bin.
 
         Moduli of one bin are kept or dropped together. Zeros are dropped unless there is room for every coefficient.
+        Where the kernels run the host does not wait for the number: it is given as ``(channels,)``.
         """
+        keep = keep_from_density(density, sizes)
         from_top = torch.cumsum(self._counts.flip(0), 0)
-        bins = int((from_top <= keep).sum())
-        lowest = self._counts.numel() - bins
-        if lowest == 0:
-            return 0.0
-        pattern = torch.tensor(min((lowest << _HISTOGRAM_SHIFT) - _GUARD // 2, 0x7F800000), dtype=torch.int32)
-        return max(float(pattern.view(torch.float32)), _LEAST_THRESHOLD)
+        lowest = self._counts.numel() - (from_top <= keep).sum()
+        pattern = ((lowest << _HISTOGRAM_SHIFT) - _GUARD // 2).clamp(0, 0x7F800000).to(torch.int32)
+        level = pattern.view(torch.float32).clamp(min=_LEAST_THRESHOLD).masked_fill(lowest == 0, 0.0)
+        return float(level) if self._on_host else level.repeat(sizes.channels)
 
 
 def keep_from_density(density: float, sizes: Layout) -> int:
@@ -296,17 +400,21 @@ def pack_planes(
     rounded stochastically.
     """
     chunks = list(plane_chunks(sizes, dtype, workspace))
+    level: float | Tensor = threshold
     if density >= 0:
         histogram = Histogram(device)
         for t0, t1, first, last in chunks:
             histogram.add(rows_of(first, last, (t1 - t0) * sizes.tile)[1:, : last - first])
-        threshold = histogram.threshold(keep_from_density(density, sizes))
-    making = packer(sizes, value_dtype, dtype, device, seed)
-    for t0, t1, first, last in chunks:
-        rows = rows_of(first, last, (t1 - t0) * sizes.tile)
-        making.append(rows, slice(0, sizes.frequencies), threshold, t0=t0)
-        del rows  # before the next are made
-    return making.finish()
+        level = histogram.threshold(density, sizes)
+
+    def fill(making: Packer) -> None:
+        for t0, t1, first, last in chunks:
+            rows = rows_of(first, last, (t1 - t0) * sizes.tile)
+            making.append(rows, slice(0, sizes.frequencies), level, t0=t0)
+            del rows  # before the next are made
+
+    most = most_kept(density, sizes) if density >= 0 else None
+    return pack_chunks(fill, sizes, value_dtype, dtype, device, seed, most)
 
 
 def unpack_planes(
@@ -350,7 +458,9 @@ def gather_planes(
     primitives = backend(bitmap.device)
     index = primitives.tile_index(bitmap, offsets)
     every = slice(0, sizes.frequencies)
-    out = torch.empty(kept, 2, dtype=dtype, device=bitmap.device)
+    # The kernels' patterns may leave room to spare, which must not look like gradients that are not numbers.
+    make = torch.zeros if primitives.name == "triton" else torch.empty
+    out = make(kept, 2, dtype=dtype, device=bitmap.device)
     for t0, t1, first, last in plane_chunks(sizes, dtype, workspace):
         rows = rows_of(first, last, (t1 - t0) * sizes.tile)
         pattern = primitives.row_pattern(bitmap, offsets, every, t0, t1, index)
@@ -404,7 +514,7 @@ def rows_of_spectrum(spectrum: Tensor, size: tuple[int, int], dtype: torch.dtype
         if fold:
             mirrored = half.flatten(1)[:, grid.mirror_index].T.conj_physical()
             rows[grid.mirror_row, : last - first] += torch.view_as_real(mirrored.contiguous())
-        rows[grid.self_conjugate, :, 1] = 0
+        rows[:, :, 1].index_fill_(0, grid.self_conjugate, 0)
         return rows
 
     return rows_of

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spectriton import reference
 from spectriton._backend import backend
+from spectriton._counts import counts_of
 from spectriton.packed import Layout
 from spectriton.reference import RowPattern
 
@@ -24,6 +25,17 @@ def row_bytes(sizes: Layout, dtype: torch.dtype, kept: int, chunks: int = 1) -> 
     share = kept / max(1, sizes.frequencies * sizes.row)
     # A mask; per kept coefficient its position and slot, the value on its way, and what rounding makes of it.
     return int(sizes.padded_row * (chunks * item + 1 + share * (16 + 4 * item)))
+
+
+def rows_to_visit(bitmap: Tensor) -> Tensor:
+    """``(n,)`` int64, ascending: the frequencies to look at, those at which something is kept among them.
+
+    Where nothing was noted of the spectrum these are they, which the host waits for; else all before the empty tail.
+    """
+    counts = counts_of(bitmap)
+    if counts is not None:
+        return torch.arange(counts.rows, device=bitmap.device)
+    return torch.nonzero(bitmap.flatten(1).any(1)).flatten()
 
 
 def store_rows(

@@ -88,8 +88,8 @@ def _pack_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[in
     workspace = resolve_workspace(workspace, grad.device)
     for half in unpack_planes(*packed, layout(shape), workspace, planes):
         flat = half.flatten(1, 2)
-        flat[:, grid.mirror_index] = 0
-        flat[:, grid.index[grid.self_conjugate], 1] = 0
+        flat.index_fill_(1, grid.mirror_index, 0)
+        flat[..., 1].index_fill_(1, grid.index[grid.self_conjugate], 0)
     return torch.view_as_complex(out)
 
 

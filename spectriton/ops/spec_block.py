@@ -8,14 +8,17 @@ Frequencies at which nothing is kept are skipped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spectriton._backend import backend
 from spectriton._check import fail
+from spectriton._counts import counts_of
 from spectriton.frequencies import aliases, frequency_grid, tap_basis
 from spectriton.ops._arguments import (
     check_activation,
@@ -29,14 +32,14 @@ from spectriton.ops._define import PACKED_RESULT, define_op
 from spectriton.ops._planes import (
     Histogram,
     Packed,
+    Packer,
     fake_packed,
-    keep_from_density,
-    packer,
+    pack_chunks,
     resolve_workspace,
     row_chunks,
 )
 from spectriton.ops.spectral_batch_norm import remake
-from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
+from spectriton.packed import Layout, PackedSpectrum, layout, most_kept, value_dtype_name
 from spectriton.reference import RowPattern, TileIndex
 
 
@@ -76,6 +79,24 @@ class _Source:
         return _filled_rows(self.fields[2], self.index)
 
 
+class _FoldsOnHost(NamedTuple):
+    """What the host has to know of :class:`spectriton.frequencies.Aliases`, without asking a GPU.
+
+    Attributes:
+        real: frequencies of the output that are their own conjugate.
+        owned: ``(A, F_out)`` bool: there is such an alias.
+    """
+
+    real: list[int]
+    owned: NDArray[np.bool_]
+
+
+@lru_cache(maxsize=64)
+def _folds_on_host(height: int, width: int, stride: tuple[int, int]) -> _FoldsOnHost:
+    folds = aliases(frequency_grid(height, width), stride)
+    return _FoldsOnHost(folds.real.tolist(), (folds.factor != 0).numpy())
+
+
 class _Walk:
     """What forward and backward share: sizes, grids, products, and how many frequencies fit the workspace.
 
@@ -110,6 +131,7 @@ class _Walk:
         self.primitives = backend(device)
         self.grid = frequency_grid(height, width, device)
         self.folds = None if self.stride == (1, 1) else aliases(self.grid, self.stride)
+        self._folds_on_host = None if self.folds is None else _folds_on_host(height, width, self.stride)
         self.dtype = dtype
         self.mixing = self.primitives.mixing(weight.to(dtype), settings.groups)
         self._kernel_size = (weight.shape[2], weight.shape[3])
@@ -158,7 +180,7 @@ class _Walk:
         rows, conjugate, factor = (t[:, part] for t in self.folds[:3])
         basis = tap_basis(self.grid, self._kernel_size, rows.flatten(), self.dtype, self.dilation).clone()
         basis = basis.unflatten(0, rows.shape)
-        basis[..., 1] *= torch.where(conjugate, -1, 1)[..., None]
+        basis[..., 1] *= (1 - 2 * conjugate.to(self.dtype))[..., None]
         return basis.mul_(factor.to(self.dtype)[..., None, None])
 
     def weights(self, basis: Tensor) -> Tensor:
@@ -178,13 +200,14 @@ class _Walk:
     def conjugate(self, x: Tensor, part: slice) -> None:
         """Conjugates, in place, what folds as its conjugate: pairs ``(A * Fc, P, 2)``."""
         if self.folds is not None:
-            x[..., 1] *= torch.where(self.folds.conjugate[:, part].reshape(-1, 1), -1, 1)
+            x[..., 1] *= 1 - 2 * self.folds.conjugate[:, part].reshape(-1, 1).to(x.dtype)
 
     def make_real(self, y: Tensor, part: slice) -> None:
         """Takes the real part, in place, where a frequency of the folded output is its own conjugate."""
-        if self.folds is not None:
-            real = self.folds.real
-            y[real[(real >= part.start) & (real < part.stop)] - part.start, :, 1] = 0
+        if self._folds_on_host is not None:
+            for row in self._folds_on_host.real:
+                if part.start <= row < part.stop:
+                    y[row - part.start, :, 1].zero_()
 
     def gather(
         self, source: _Source, x: Tensor, part: slice, rows: Tensor | slice, pattern: RowPattern | None, out: Tensor
@@ -193,11 +216,13 @@ class _Walk:
         _, _, bitmap, offsets = source.fields
         flat = x.flatten(0, 1)
         self.conjugate(flat, part)
-        if self.folds is not None:
+        if self.folds is not None and self._folds_on_host is not None:
             # A place without an alias names a row that another one owns.
-            owned = (self.folds.factor[:, part] != 0).flatten()
-            if not bool(owned.all()):
-                flat, rows, pattern = flat[owned], self.folds.rows[:, part].flatten()[owned], None
+            there = int(self._folds_on_host.owned[:, part].sum())
+            if there < flat.shape[0]:
+                owned = (self.folds.factor[:, part] != 0).flatten().to(torch.int8)
+                places = owned.argsort(descending=True, stable=True)[:there]
+                flat, rows, pattern = flat[places], self.folds.rows[:, part].flatten()[places], None
         self.primitives.gather_rows(flat, bitmap, offsets, rows, 0, out, pattern)
 
     @property
@@ -215,9 +240,12 @@ def _filled_rows(bitmap: Tensor, index: TileIndex | None) -> int:
     """How many frequencies come before the tail at which nothing is kept."""
     if index is not None:
         filled = np.flatnonzero(index.counts.any(1))
-    else:
-        filled = torch.nonzero(bitmap.flatten(1).any(1)).flatten().cpu().numpy()
-    return int(filled[-1]) + 1 if filled.size else 0
+        return int(filled[-1]) + 1 if filled.size else 0
+    counts = counts_of(bitmap)
+    if counts is not None:
+        return counts.rows
+    rows = torch.nonzero(bitmap.flatten(1).any(1))
+    return int(rows[-1]) + 1 if rows.numel() else 0
 
 
 def _mixed(walk: _Walk, bias: Tensor | None, rows: int) -> Iterator[tuple[slice, Tensor]]:
@@ -290,17 +318,20 @@ def _spec_block(
     if threshold > 0 or density >= 0:
         # Where nothing comes in nothing goes out, and zero is below any threshold; the bias needs frequency zero.
         rows = min(rows, max(1, walk.filled_rows()))
+    level: float | Tensor = threshold if threshold_scale is None else threshold * threshold_scale.to(dtype)
     if density >= 0:
         histogram = Histogram(weight.device)
         for part, y in _mixed(walk, bias, rows):
             histogram.add(y[part.start == 0 :, : walk.outputs.row])
-        threshold = histogram.threshold(keep_from_density(density, walk.outputs))
-    level = threshold if threshold_scale is None else threshold * threshold_scale.to(dtype)
-    making = packer(walk.outputs, value_dtype, dtype, weight.device)
+        level = histogram.threshold(density, walk.outputs)
     scale = None if activation_scale is None else activation_scale.to(dtype)
-    for part, y in _mixed(walk, bias, rows):
-        making.append(y, part, level, kind, scale)
-    return making.finish()
+
+    def fill(making: Packer) -> None:
+        for part, y in _mixed(walk, bias, rows):
+            making.append(y, part, level, kind, scale)
+
+    most = most_kept(density, walk.outputs) if density >= 0 else None
+    return pack_chunks(fill, walk.outputs, value_dtype, dtype, weight.device, most=most)
 
 
 @_spec_block.register_fake

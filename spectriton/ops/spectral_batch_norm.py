@@ -28,7 +28,7 @@ from spectriton.frequencies import frequency_grid
 from spectriton.ops._arguments import check_activation, check_half_spectrum, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, define_op
 from spectriton.ops._planes import resolve_workspace
-from spectriton.ops._rows import row_bytes, store_rows
+from spectriton.ops._rows import row_bytes, rows_to_visit, store_rows
 from spectriton.ops.spectral_activation import spectral_activation
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge
 from spectriton.reference import RowPattern
@@ -54,7 +54,7 @@ class _Walk:
         self.sizes = sizes = layout(shape)
         self.primitives = backend(bitmap.device)
         self.weight = frequency_grid(sizes.height, sizes.width, bitmap.device).weight.to(dtype)
-        rows = torch.nonzero(bitmap.flatten(1).any(1)).flatten()
+        rows = rows_to_visit(bitmap)
         bytes_per_row = max(1, row_bytes(sizes, dtype, kept, buffers + temporaries))
         at_once = max(1, resolve_workspace(workspace, bitmap.device) // bytes_per_row)
         self.parts = rows.split(at_once) if rows.numel() else ()

@@ -20,6 +20,7 @@ from torch import Tensor
 from spectriton import reference
 from spectriton._backend import backend
 from spectriton._check import check_real_maps, fail
+from spectriton._counts import Counts, counts_of, note_counts
 from spectriton.frequencies import frequency_grid
 from spectriton.ops._arguments import check_half_spectrum, check_output_size, check_window, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
@@ -199,6 +200,9 @@ def _spectral_pool2d(
     out_offsets = (torch.cumsum(counts.flatten(), 0).view_as(counts) - counts).to(torch.int32)
     per_row = counts.sum(1).cpu()
     kept = int(per_row.sum())
+    if walk.primitives.name == "triton":
+        filled_rows = (torch.arange(1, per_row.numel() + 1) * (per_row > 0)).max()
+        note_counts(out_bitmap, Counts(torch.stack([per_row.sum(), filled_rows])))
     out_values = values.new_empty(kept, *values.shape[1:])
     out_scales = torch.zeros(counts.shape if scales.numel() else 0, dtype=torch.float32, device=values.device)
     for rows, terms in walk.chunks(per_row > 0):
@@ -249,7 +253,12 @@ def _spectral_pool2d_backward(
     row, tiles = walk.inputs.row, walk.outputs.tiles
     grad, no_scales = grad.contiguous(), grad.new_empty(0)
     grad_input = grad.new_zeros(kept, 2)
-    for rows, terms in walk.chunks(out_bitmap.flatten(1).any(1).cpu() > 0):
+    counts = counts_of(out_bitmap)
+    if counts is None:
+        filled = out_bitmap.flatten(1).any(1).cpu() > 0
+    else:
+        filled = torch.arange(walk.outputs.frequencies) < counts.rows
+    for rows, terms in walk.chunks(filled):
         g = walk.output_buffer[: rows.numel()]
         walk.primitives.unpack_rows(grad, no_scales, out_bitmap, out_offsets, rows, 0, tiles, g)
         for term in terms:

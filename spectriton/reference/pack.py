@@ -111,7 +111,8 @@ def pack_rows(
         t0: first tile of the chunk.
         bitmap: ``(F, T, tile / 8)``; written at ``rows`` and the chunk's tiles.
         offsets: ``(F, T)``; likewise.
-        values: kept coefficients are appended here from ``cursor`` on. Where they do not fit, none is written.
+        values: kept coefficients are appended here from ``cursor`` on. Where they do not fit, none is written, and the
+            tiles of the chunk are left empty.
         cursor: ``(1,)`` int64, advanced by the number kept, whether or not they fitted.
         kind: activation of the kept coefficients.
         scale: ``(channels,)`` scale of the activation.
@@ -129,6 +130,8 @@ def pack_rows(
         kept, scales[place] = quantise(kept, counts, values.dtype)
     if int(cursor) <= values.shape[0]:
         values[first : int(cursor)] = kept
+    else:
+        bitmap[place], offsets[place] = 0, 0
 
 
 def quantise(kept: Tensor, counts: Tensor, dtype: torch.dtype, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:

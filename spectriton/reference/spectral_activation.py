@@ -68,7 +68,7 @@ def activate_backward_input(
     q = rule.forward(v)
     slope = rule.derivative(q)
     # Where the slope is zero, v may be infinite.
-    terms = None if scale is None else grad * (q - torch.where(slope == 0, 0, v * slope))
+    terms = None if scale is None else grad * (q - (v * slope).masked_fill_(slope == 0, 0))
     return grad * slope, terms
 
 

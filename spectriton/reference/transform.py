@@ -22,7 +22,7 @@ def rows_of_maps(maps: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
     What is its own conjugate is exactly real.
     """
     rows = rows_of_half(torch.fft.rfft2(maps, norm="ortho"), grid, padded)
-    rows[grid.self_conjugate, :, 1] = 0
+    rows[:, :, 1].index_fill_(0, grid.self_conjugate, 0)  # by indexing, a GPU would be sent the number
     return rows
 
 

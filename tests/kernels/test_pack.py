@@ -264,6 +264,9 @@ def test_overflow(capacity, device):
     pack_rows(y, length, 1.0, row_tensor, 0, packed.bitmap, packed.offsets, packed.values, cursor)
     assert cursor.item() == 140
     assert packed.guard.isnan().all()
+    # What does not fit is left empty: the pattern stays within the values.
+    counts = np.bitwise_count(packed.bitmap[rows].cpu().numpy()).sum(-1)
+    assert (counts + packed.offsets[rows].cpu().numpy() <= capacity).all() and counts.sum() <= capacity
     packed, cursor = empty_packed(4, length, tile, int(cursor), torch.float32, device)
     pack_rows(y, length, 1.0, row_tensor, 0, packed.bitmap, packed.offsets, packed.values, cursor)
     check_chunk(packed, cursor, kept, dense, rows, 0, 0)
