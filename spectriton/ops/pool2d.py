@@ -15,7 +15,7 @@ from torch.nn import functional
 from spectriton._backend import backend
 from spectriton._check import check_real_maps, fail
 from spectriton.frequencies import frequency_grid
-from spectriton.ops._arguments import check_packed, check_rule, check_window, check_workspace
+from spectriton.ops._arguments import check_rule, check_window, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
     fake_packed,
@@ -87,22 +87,6 @@ def _packed_codes(code: Tensor, bits: int) -> Tensor:
     for place in range(1, per_byte):
         packed |= code[:, place] << (place * bits)
     return packed
-
-
-def _rectified(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Positive parts of maps ``(n, H, W)``, and one bit a value that says where there is one, packed to bytes."""
-    positive = (maps > 0).view(-1)
-    if maps.device.type == "cpu":
-        packed = torch.from_numpy(np.packbits(positive.numpy(), bitorder="little"))
-    else:
-        packed = _packed_codes(positive.view(torch.uint8), 1)
-    return maps.clamp_min(0), packed
-
-
-def _masked(grad: Tensor, codes: Tensor) -> Tensor:
-    """The adjoint of :func:`_rectified`."""
-    bits = codes[:, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device) & 1
-    return grad * bits.view(-1)[: grad.numel()].view(grad.shape)
 
 
 def _maxima_of_pairs(maps: NDArray[Any]) -> tuple[Tensor, Tensor]:
@@ -295,7 +279,7 @@ _packed_max_pool2d.register_autograd(_packed_max_autograd, setup_context=_packed
 
 
 @define_op(
-    f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, SymInt[] kernel, SymInt[] stride, bool rectify, float threshold, "
+    f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, SymInt[] kernel, SymInt[] stride, float threshold, "
     f"float density, str value_dtype, int workspace) -> {PACKED_RESULT[:-1]}, Tensor)"
 )
 def _repacked_pool2d(
@@ -307,16 +291,12 @@ def _repacked_pool2d(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
-    rectify: bool,
     threshold: float,
     density: float,
     value_dtype: str,
     workspace: int,
 ) -> tuple[Tensor, ...]:
-    """:func:`_packed_max_pool2d` and the packed spectrum of its result, without that result.
-
-    To ``rectify``, windows of a single pixel take the maximum with zero.
-    """
+    """:func:`_packed_max_pool2d` and the packed spectrum of its result, without that result."""
     size = _output_size(shape[2:], kernel, stride)
     sizes, pooled = layout(shape), layout([*shape[:2], *size])
     outputs = size[0] * size[1]
@@ -331,7 +311,7 @@ def _repacked_pool2d(
         for t0 in range(first // sizes.tile, -(-last // sizes.tile), step):
             start, stop = t0 * sizes.tile, min((t0 + step) * sizes.tile, last)
             maps = maps_of(t0, min(t0 + step, -(-last // sizes.tile)))
-            y[start - first : stop - first], code = _rectified(maps) if rectify else _maxima(maps, kernel, stride)
+            y[start - first : stop - first], code = _maxima(maps, kernel, stride)
             at = _code_bytes(start, outputs, kernel)  # tiles of planes hold whole bytes of codes
             codes[at : at + code.numel()] = code
         return y
@@ -351,7 +331,6 @@ def _(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
-    rectify: bool,
     threshold: float,
     density: float,
     value_dtype: str,
@@ -364,7 +343,7 @@ def _(
 
 @define_op(
     "(Tensor grad, Tensor pooled_bitmap, Tensor pooled_offsets, Tensor codes, Tensor bitmap, Tensor offsets, "
-    "SymInt kept, SymInt[] shape, SymInt[] kernel, SymInt[] stride, bool rectify, int workspace) -> Tensor"
+    "SymInt kept, SymInt[] shape, SymInt[] kernel, SymInt[] stride, int workspace) -> Tensor"
 )
 def _repacked_pool2d_backward(
     grad: Tensor,
@@ -377,7 +356,6 @@ def _repacked_pool2d_backward(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
-    rectify: bool,
     workspace: int,
 ) -> Tensor:
     size = _output_size(shape[2:], kernel, stride)
@@ -390,7 +368,7 @@ def _repacked_pool2d_backward(
         code = codes[_code_bytes(first, outputs, kernel) : _code_bytes(last, outputs, kernel)]
         t0 = first // pooled.tile
         grads = grads_of(t0, -(-last // pooled.tile))[first - t0 * pooled.tile : last - t0 * pooled.tile]
-        return _masked(grads, code) if rectify else _spread(grads, code, shape[2:], kernel, stride)
+        return _spread(grads, code, shape[2:], kernel, stride)
 
     half = resolve_workspace(workspace, grad.device) // 2
     return gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, half)
@@ -408,7 +386,6 @@ def _(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
-    rectify: bool,
     workspace: int,
 ) -> Tensor:
     return grad.new_empty(kept, 2)
@@ -441,9 +418,9 @@ def _repacked_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _repacked_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 13
+        return (None,) * 12
     grad_input = _repacked_pool2d_backward(grad, *ctx.saved_tensors, ctx.kept, *ctx.pooling, ctx.workspace)
-    return grad_input, *(None,) * 12
+    return grad_input, *(None,) * 11
 
 
 _repacked_pool2d.register_autograd(_repacked_autograd, setup_context=_repacked_setup)
@@ -544,41 +521,8 @@ def max_pool2d(
     if not repack:
         return _packed_max_pool2d(*maps, bound)[0]
     name = x.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, x.edge.dtype)
-    *fields, _ = _repacked_pool2d(*maps, False, *check_rule(op, threshold, density), name, bound)
+    *fields, _ = _repacked_pool2d(*maps, *check_rule(op, threshold, density), name, bound)
     return PackedSpectrum.of(fields, (*x.shape[:2], *_output_size(list(x.shape[2:]), kernel, steps)), name)
-
-
-def spatial_relu(
-    packed: PackedSpectrum,
-    *,
-    threshold: float | None = None,
-    density: float | None = None,
-    value_dtype: torch.dtype | str | None = None,
-    workspace: int | None = None,
-) -> PackedSpectrum:
-    """ReLU of the maps behind a packed spectrum, packed again.
-
-    Not an activation of coefficients: it works on the maps, which are made, rectified, transformed and forgotten a
-    chunk at a time, and lets all frequencies of a map meet. Backward keeps one bit a value of the maps.
-
-    Args:
-        packed: maps ``(B, C, H, W)``.
-        threshold, density, value_dtype: as for :func:`pack`; the format is that of ``packed`` by default.
-        workspace: bound on temporaries in bytes.
-
-    Returns:
-        Packed ``(B, C, H, W)``; differentiable.
-
-    Raises:
-        TypeError, ValueError: not a packed spectrum, or the rule is missing or out of range.
-    """
-    op = "spatial_relu"
-    check_packed(op, "packed", packed)
-    name = packed.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, packed.edge.dtype)
-    maps = (packed.edge, packed.values, packed.scales, packed.bitmap, packed.offsets, list(packed.shape))
-    rule, bound = check_rule(op, threshold, density), check_workspace(op, workspace)
-    *fields, _ = _repacked_pool2d(*maps, [1, 1], [1, 1], True, *rule, name, bound)
-    return PackedSpectrum.of(fields, packed.shape, name)
 
 
 def avg_pool2d(

@@ -99,8 +99,12 @@ class _Walk:
         return max(1, self.sizes.batch * self.sizes.height * self.sizes.width)
 
 
-def _statistics(walk: _Walk, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``(C,)`` of the maps, float64."""
+@define_op(f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, int workspace) -> (Tensor, Tensor)")
+def _map_statistics(
+    edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``(C,)`` of the maps."""
+    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 1, 0, workspace)
     zero_mean = values.new_zeros(walk.sizes.channels, dtype=torch.float64)
     power = torch.zeros_like(zero_mean)
     for first, rows, pattern in walk:
@@ -111,7 +115,14 @@ def _statistics(walk: _Walk, values: Tensor, scales: Tensor) -> tuple[Tensor, Te
             zero_mean = zero.mean(0, dtype=torch.float64)
             zero -= zero_mean
         power += walk.per_channel(torch.mv(_numbers(y.square_()).T, walk.weight[rows]))
-    return zero_mean / walk.root, power / walk.count
+    return (zero_mean / walk.root).to(edge.dtype), (power / walk.count).to(edge.dtype)
+
+
+@_map_statistics.register_fake
+def _(
+    edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
+) -> tuple[Tensor, Tensor]:
+    return edge.new_empty(shape[1]), edge.new_empty(shape[1])
 
 
 class _Affine:
@@ -122,7 +133,7 @@ class _Affine:
     ) -> None:
         self._walk = walk
         self._mean = mean.double() * walk.root
-        self._factor = walk.per_number(_factor(weight, var, eps))
+        self._factor = walk.per_number(norm_factor(weight, var, eps))
         self._bias = None if bias is None else bias.to(walk.dtype) * walk.root
 
     def centre(self, chunk: Tensor, first: bool) -> None:
@@ -139,16 +150,16 @@ class _Affine:
         return out
 
 
-def _factor(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
+def norm_factor(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
     """``gamma / sigma`` ``(C,)``, float64."""
     inverse = (var.double() + eps).rsqrt()
     return inverse if weight is None else inverse * weight
 
 
 @define_op(
-    f"(Tensor edge, {PACKED_FIELDS}, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
-    "Tensor? activation_scale, str kind, SymInt[] shape, float eps, int workspace) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor edge, {PACKED_FIELDS}, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor? activation_scale, str kind, SymInt[] shape, bool batch_statistics, float eps, int workspace) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 def _spectral_batch_norm(
     edge: Tensor,
@@ -158,23 +169,20 @@ def _spectral_batch_norm(
     offsets: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
     activation_scale: Tensor | None,
     kind: str,
     shape: list[int],
+    batch_statistics: bool,
     eps: float,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Edge, values and scales of the result, which has the input's pattern; then mean and biased variance ``(C,)``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Edge, values and scales of the result, which has the input's pattern.
 
-    Where ``mean`` and ``var`` are given, they are taken; else those of the batch. Given those that were returned, the
-    result is the same to the bit.
+    ``batch_statistics`` says for backward that mean and variance ``(C,)`` are those of the input.
     """
     walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 1, 0 if kind == "identity" else 2, workspace)
-    if mean is None or var is None:
-        mean, var = _statistics(walk, values, scales)
-    mean, var = mean.to(edge.dtype, copy=True), var.to(edge.dtype, copy=True)
     affine = _Affine(walk, weight, bias, mean, var, eps)
     scale = None if activation_scale is None else walk.per_number(activation_scale)
     out_values, out_scales = torch.empty_like(values), torch.zeros_like(scales)
@@ -185,7 +193,7 @@ def _spectral_batch_norm(
         if kind != "identity":
             y = activate(_numbers(y), kind, scale).view_as(y)
         store_rows(y, bitmap, offsets, rows, out_values, out_scales, pattern)
-    return make_edge(values.shape[0], edge.dtype, edge.device), out_values, out_scales, mean, var
+    return make_edge(values.shape[0], edge.dtype, edge.device), out_values, out_scales
 
 
 @_spectral_batch_norm.register_fake
@@ -197,25 +205,19 @@ def _(
     offsets: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
     activation_scale: Tensor | None,
     kind: str,
     shape: list[int],
+    batch_statistics: bool,
     eps: float,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out_edge = make_edge(values.shape[0], edge.dtype, edge.device)
-    mean, var = edge.new_empty(shape[1]), edge.new_empty(shape[1])
-    return out_edge, torch.empty_like(values), torch.empty_like(scales), mean, var
+) -> tuple[Tensor, Tensor, Tensor]:
+    return make_edge(values.shape[0], edge.dtype, edge.device), torch.empty_like(values), torch.empty_like(scales)
 
 
-@define_op(
-    f"(Tensor grad, {PACKED_FIELDS}, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-    "Tensor? activation_scale, str kind, SymInt[] shape, bool batch_statistics, float eps, int workspace, "
-    "bool need_input) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-def _spectral_batch_norm_backward(
+def norm_gradients(
     grad: Tensor,
     values: Tensor,
     scales: Tensor,
@@ -261,10 +263,10 @@ def _spectral_batch_norm_backward(
         if first:
             grad_zero = walk.zero_frequency(g).sum(0, dtype=torch.float64)
         inner += walk.per_channel(_numbers(x.mul_(g)).sum(0))
-    grad_weight, grad_bias = inner * _factor(None, var, eps), grad_zero * walk.root
+    grad_weight, grad_bias = inner * norm_factor(None, var, eps), grad_zero * walk.root
 
     if need_input:
-        factor = _factor(weight, var, eps)
+        factor = norm_factor(weight, var, eps)
         gain, pull = walk.per_number(factor), walk.per_number(factor / (var + eps) * inner / walk.count)
         zero_pull = factor * grad_zero / max(1, walk.sizes.batch)
         for first, rows, pattern in walk:
@@ -279,6 +281,35 @@ def _spectral_batch_norm_backward(
                 _numbers(g).addcmul_(_numbers(x), pull, value=-1)
             walk.primitives.gather_rows(g, bitmap, offsets, rows, 0, grad_input, pattern)
     return grad_input, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype), grad_scale.to(grad.dtype)
+
+
+@define_op(
+    f"(Tensor grad, {PACKED_FIELDS}, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor? activation_scale, str kind, SymInt[] shape, bool batch_statistics, float eps, int workspace, "
+    "bool need_input) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _spectral_batch_norm_backward(
+    grad: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    activation_scale: Tensor | None,
+    kind: str,
+    shape: list[int],
+    batch_statistics: bool,
+    eps: float,
+    workspace: int,
+    need_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return norm_gradients(
+        grad, values, scales, bitmap, offsets, weight, bias, mean, var, activation_scale, kind, shape,
+        batch_statistics, eps, workspace, need_input,
+    )  # fmt: skip
 
 
 @_spectral_batch_norm_backward.register_fake
@@ -306,18 +337,18 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, values, scales, bitmap, offsets, weight, bias, mean, _, activation_scale, ctx.kind, *ctx.sizes = inputs
-    ctx.batch_statistics = mean is None
+    _, *saved, ctx.kind, shape, ctx.batch_statistics, eps, workspace = inputs
+    ctx.sizes = shape, eps, workspace
     ctx.mark_non_differentiable(*output[1:])  # gradients travel along the edge
     ctx.set_materialize_grads(False)  # no zeros of the size of the values
     # The input rather than the output, from which it could not be had back where a weight is zero. It is what the op
     # that made it has kept as well, so with a block before and a block behind nothing is held for this op alone.
-    ctx.save_for_backward(values, scales, bitmap, offsets, weight, bias, *output[3:], activation_scale)
+    ctx.save_for_backward(*saved)
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 14
+        return (None,) * 15
     need_input = ctx.needs_input_grad[0]
     saved = ctx.saved_tensors  # once: checkpointing hands them out a single time
     shape, eps, workspace = ctx.sizes
@@ -337,7 +368,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         None,
         None,
         grad_scale,
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 
@@ -360,11 +391,11 @@ def remake(
         shape: ``[B, C, H, W]`` of the maps.
         dtype: real precision of the computation.
     """
-    values, scales, *others = tensors
+    values, scales, *others, _, _ = tensors
     kind, eps, workspace = settings
     edge = make_edge(values.shape[0], dtype, values.device)
     parameters = (t if t.numel() else None for t in others)
-    made = _spectral_batch_norm(edge, values, scales, bitmap, offsets, *parameters, kind, shape, eps, workspace)
+    made = _spectral_batch_norm(edge, values, scales, bitmap, offsets, *parameters, kind, shape, False, eps, workspace)
     return made[1], made[2]
 
 
@@ -412,20 +443,60 @@ def spectral_batch_norm(
             neither training nor statistics to use.
     """
     op = "spectral_batch_norm"
+    shape = check_norm(op, x, weight, bias, running_mean, running_var, training, size)
+    if activation_scale is not None and tuple(activation_scale.shape) != (shape[1],):
+        fail(op, "activation_scale", activation_scale, f"shape ({shape[1]},)", "pass one scale per channel")
+    check_activation(op, activation)
+    out: PackedSpectrum | Tensor
     if isinstance(x, PackedSpectrum):
-        shape = tuple(x.shape)
-        if size is not None and tuple(size) != shape[2:]:
-            fail(op, "size", tuple(size), f"{shape[2:]}, that of the packed maps", "leave size out")
+        bound = check_workspace(op, workspace)
+        mean, var = statistics_of(x, running_mean, running_var, training, bound)
+        fields = (x.values, x.scales, x.bitmap, x.offsets)
+        edge, values, scales = _spectral_batch_norm(
+            x.edge, *fields, weight, bias, mean, var, activation_scale, activation, shape, training, eps, bound
+        )
+        out = PackedSpectrum(edge, values, scales, x.bitmap, x.offsets, x.shape, x.value_dtype)
+        if edge.requires_grad:
+            parameters = (None if t is None else t.detach() for t in (weight, bias, mean, var, activation_scale))
+            out.origin = Origin((x.values, x.scales, *parameters, None, None), (activation, eps, bound))
+    else:
+        used = (None, None) if training else (running_mean, running_var)
+        out, mean, var = reference.spectral_batch_norm(x, (shape[2], shape[3]), weight, bias, *used, eps)
+        if activation != "identity":
+            out = spectral_activation(out, activation, activation_scale)
+    if training:
+        running_mean, running_var = moved(running_mean, running_var, mean, var, momentum, shape)
+    return out, running_mean, running_var
+
+
+def check_norm(
+    op: str,
+    x: PackedSpectrum | Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    size: tuple[int, int] | None = None,
+) -> list[int]:
+    """Check the arguments of a batch norm; returns ``[B, C, H, W]`` of the maps.
+
+    Raises:
+        TypeError, ValueError: as :func:`spectral_batch_norm`.
+    """
+    if isinstance(x, PackedSpectrum):
+        shape = list(x.shape)
+        if size is not None and list(size) != shape[2:]:
+            fail(op, "size", tuple(size), f"{tuple(shape[2:])}, that of the packed maps", "leave size out")
     else:
         check_complex(op, "x", x)
-        shape = (*x.shape[:2], *check_half_spectrum(op, "x", x, size))
-    batch, channels, height, width = shape
+        shape = [*x.shape[:2], *check_half_spectrum(op, "x", x, size)]
+    channels = shape[1]
     for name, given in (
         ("weight", weight),
         ("bias", bias),
         ("running_mean", running_mean),
         ("running_var", running_var),
-        ("activation_scale", activation_scale),
     ):
         if given is not None and tuple(given.shape) != (channels,):
             fail(op, name, given, f"shape ({channels},)", "match the channels of this layer to those of its input")
@@ -437,29 +508,42 @@ def spectral_batch_norm(
             "both" if not training else "both or neither",
             "pass both, or training=True to use the statistics of the batch",
         )
-    count = batch * height * width
-    if training and count == 1:
-        fail(op, "x", f"maps {shape}", "more than one value per channel in training", "use a larger batch, or eval()")
-
-    check_activation(op, activation)
-    used = (None, None) if training else (running_mean, running_var)
-    out: PackedSpectrum | Tensor
-    if isinstance(x, PackedSpectrum):
-        fields = (x.edge, x.values, x.scales, x.bitmap, x.offsets)
-        bound = check_workspace(op, workspace)
-        edge, values, scales, mean, var = _spectral_batch_norm(
-            *fields, weight, bias, *used, activation_scale, activation, list(shape), eps, bound
+    if training and shape[0] * shape[2] * shape[3] == 1:
+        fail(
+            op,
+            "x",
+            f"maps {tuple(shape)}",
+            "more than one value per channel in training",
+            "use a larger batch, or eval()",
         )
-        out = PackedSpectrum(edge, values, scales, x.bitmap, x.offsets, x.shape, x.value_dtype)
-        if edge.requires_grad:
-            parameters = (None if t is None else t.detach() for t in (weight, bias, mean, var, activation_scale))
-            out.origin = Origin((x.values, x.scales, *parameters), (activation, eps, bound))
-    else:
-        out, mean, var = reference.spectral_batch_norm(x, (height, width), weight, bias, *used, eps)
-        if activation != "identity":
-            out = spectral_activation(out, activation, activation_scale)
-    if training and running_mean is not None and running_var is not None and count:
-        unbiased = var.detach() * (count / (count - 1))
-        running_mean = (1 - momentum) * running_mean + momentum * mean.detach().to(running_mean.dtype)
-        running_var = (1 - momentum) * running_var + momentum * unbiased.to(running_var.dtype)
-    return out, running_mean, running_var
+    return shape
+
+
+def statistics_of(
+    x: PackedSpectrum, running_mean: Tensor | None, running_var: Tensor | None, training: bool, workspace: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance ``(C,)`` to normalise by: those of the batch in training, else copies of the running ones."""
+    dtype = x.edge.dtype
+    if not training and running_mean is not None and running_var is not None:
+        return running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
+    fields = (x.values, x.scales, x.bitmap, x.offsets)
+    mean, var = _map_statistics(x.edge.detach(), *fields, list(x.shape), workspace)
+    return mean, var
+
+
+def moved(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | Tensor,
+    shape: list[int],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics after a batch with this mean and biased variance, of maps ``shape``."""
+    count = shape[0] * shape[2] * shape[3]
+    if running_mean is None or running_var is None or not count:
+        return running_mean, running_var
+    unbiased = var.detach() * (count / (count - 1))
+    running_mean = (1 - momentum) * running_mean + momentum * mean.detach().to(running_mean.dtype)
+    running_var = (1 - momentum) * running_var + momentum * unbiased.to(running_var.dtype)
+    return running_mean, running_var

@@ -159,11 +159,15 @@ def test_checkpointing():
         torch.testing.assert_close(a, b)
 
 
+ACTIVATIONS = [{"activation_scale": 3.0}, {"activation": "relu"}, {"activation": "relu", "pool": 2}]
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_of_blocks_with_norm(use_reentrant: bool):
+@pytest.mark.parametrize("options", ACTIVATIONS)
+def test_checkpointing_of_blocks_with_norm(use_reentrant: bool, options: dict[str, object]):
     """Thresholds that follow running statistics are the same the second time, and each batch counts once."""
     torch.manual_seed(0)
-    plain = nn.Sequential(*(snn.SpecBlock(4, 4, 3, threshold=0.5, norm=True, activation_scale=3.0) for _ in range(2)))
+    plain = nn.Sequential(*(snn.SpecBlock(4, 4, 3, threshold=0.5, norm=True, **options) for _ in range(2)))
     again = copy.deepcopy(plain)
     x = torch.randn(3, 4, 8, 8, requires_grad=True)
     enter, leave = snn.ToSpectral(threshold=0.3), snn.ToSpatial()
@@ -194,11 +198,18 @@ def test_compiles_without_graph_breaks():
     assert other[2].num_batches_tracked == 1
 
 
-def test_blocks_with_norm_keep_one_packed_copy_each():
-    """What the convolution gave, and of the norm and the activation behind it a few numbers a channel."""
+@pytest.mark.parametrize("options", ACTIVATIONS[:2])
+def test_blocks_with_norm_keep_one_packed_copy_each(options: dict[str, object]):
+    """What the convolution gave, and of the norm and the activation behind it a few numbers a channel.
+
+    For a relu also its pattern and a bit a value.
+    """
     torch.manual_seed(0)
     packed = snn.ToSpectral(threshold=0.5)(torch.randn(16, 8, 16, 16))
-    blocks = [snn.SpecBlock(8, 8, 3, threshold=0.5, norm=True, activation_scale=3.0) for _ in range(3)]
+    blocks = [snn.SpecBlock(8, 8, 3, threshold=0.5, norm=True, **options) for _ in range(3)]
+    given: list[PackedSpectrum] = []
+    for block in blocks:
+        block.norm.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     saved: dict[int, Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
@@ -209,7 +220,9 @@ def test_blocks_with_norm_keep_one_packed_copy_each():
     parameters = {p.data_ptr() for block in blocks for p in block.parameters()}
     total = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in parameters)
     numbers = len(blocks) * 2 * 8 * 4  # mean and variance
-    assert total <= sum(p.nbytes for p in made) + numbers
+    if "activation" in options:
+        numbers += sum(p.bitmap.nbytes + p.offsets.nbytes + p.shape.numel() // 8 for p in made[1:])
+    assert total <= sum(p.nbytes for p in (packed, *given)) + numbers
     assert not {p.values.data_ptr() for p in made[1:]} & set(saved)  # beside it lies what these are made from
 
 

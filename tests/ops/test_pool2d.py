@@ -166,35 +166,7 @@ def test_maximum_packed_again_holds_nothing_dense():
 def test_maximum_packed_again_as_an_op():
     packed = ops.to_spectral(torch.randn(2, 3, 5, 6, dtype=torch.float64), threshold=0.5)
     fields = (packed.values, packed.scales, packed.bitmap, packed.offsets)
-    for window, rectify in (([2, 2], False), ([1, 1], True)):
-        pooling = ([2, 3, 5, 6], window, window, rectify)
-        arguments = (packed.edge.clone().requires_grad_(), *fields, *pooling, 0.3, -1.0, "float64", 0)
-        torch.library.opcheck(torch.ops.spectriton.repacked_pool2d.default, arguments)
+    arguments = (packed.edge.clone().requires_grad_(), *fields, [2, 3, 5, 6], [2, 2], [2, 2], 0.3, -1.0, "float64", 0)
+    torch.library.opcheck(torch.ops.spectriton.repacked_pool2d.default, arguments)
     with pytest.raises(ValueError, match="use ops.to_spectral on the result"):
         ops.max_pool2d(torch.zeros(1, 1, 4, 4), threshold=0.5)
-
-
-@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 5)])
-@pytest.mark.parametrize(("batch", "workspace"), [(0, None), (1, None), (5, 1)])
-def test_spatial_relu(backend: str, size: tuple[int, int], batch: int, workspace: int | None):
-    packed = ops.to_spectral(torch.randn(batch, 7, *size, dtype=torch.float64), threshold=0.7).requires_grad_()
-    got = ops.spatial_relu(packed, threshold=0.2, workspace=workspace)
-    expected = ops.to_spectral(ops.to_spatial(packed).relu(), threshold=0.2)
-    assert torch.equal(got.bitmap, expected.bitmap)
-    torch.testing.assert_close(got.to_dense(), expected.to_dense())
-    grad = torch.randn_like(expected.to_dense())
-    torch.testing.assert_close(*(torch.autograd.grad(y.to_dense(), packed.edge, grad) for y in (got, expected)))
-
-
-def test_spatial_relu_saves_a_bit_a_value():
-    saved: list[torch.Tensor] = []
-    packed = ops.to_spectral(torch.randn(4, 8, 16, 16), threshold=0.7, value_dtype="int8").requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        got = ops.spatial_relu(packed, density=0.5)
-    assert got.value_dtype == "int8" and abs(got.density - 0.5) < 0.02
-    patterns = sum(t.nbytes for x in (packed, got) for t in (x.bitmap, x.offsets))
-    assert sum(t.untyped_storage().nbytes() for t in saved) == patterns + 4 * 8 * 16 * 16 // 8
-    with pytest.raises(TypeError, match="spatial_relu"):
-        ops.spatial_relu(torch.zeros(1, 1, 4, 4), threshold=0.5)
-    with pytest.raises(ValueError, match="threshold and density"):
-        ops.spatial_relu(packed)
