@@ -5,8 +5,8 @@ rest of its ortho spectrum over ``H W``. So the statistics of ``nn.BatchNorm2d``
 affine map is a factor per channel and a shift of the zero frequency. A packed spectrum keeps its pattern.
 
 Forward and backward walk over chunks of frequencies that fit a bounded workspace, twice each: once for the sums over
-the batch, once to apply them. Frequencies at which nothing is kept are skipped. An activation may follow in the same
-walk.
+the batch, once to apply them. Frequencies at which nothing is kept are skipped, and the reference looks at nothing but
+what is kept. An activation may follow in the same walk.
 
 Backward starts from the input, and so do the ops that read the output: they keep its :class:`Origin`, the arguments by
 which it is made again, rather than its values. Between a convolution and the next one copy of the maps is held.
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -33,60 +34,139 @@ from spectriton.ops.spectral_activation import spectral_activation
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge
 from spectriton.reference import RowPattern
 from spectriton.reference.spectral_activation import activate, activate_backward_input
+from spectriton.reference.unpack import read_values, take_values
 
 
-def _numbers(chunk: Tensor) -> Tensor:
-    """Pairs ``(Fc, P, 2)`` as ``(Fc, 2 P)``, a view."""
-    return chunk.view(chunk.shape[0], -1)
+class _Chunk:
+    """Some of the frequencies kept, dense: numbers are ``(Fc, P, 2)``, zero where nothing is kept."""
+
+    def __init__(self, walk: _Walk, rows: Tensor, first: bool) -> None:
+        self._walk, self.rows, self.first = walk, rows, first
+
+    def read(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
+        """The numbers of a packed spectrum of this pattern; of a gradient, without scales, not to be changed."""
+        walk = self._walk
+        out = torch.empty(self.rows.numel(), walk.sizes.padded_row, 2, dtype=walk.dtype, device=values.device)
+        scales = values.new_empty(0) if scales is None else scales
+        packed = (values, scales, walk.bitmap, walk.offsets, self.rows, 0, walk.sizes.tiles)
+        return walk.primitives.unpack_rows(*packed, out)
+
+    def spread(self, table: Tensor) -> Tensor:
+        """``table`` ``(Fc, P)``, or ``(1, P)``, to broadcast against numbers."""
+        return table[..., None]
+
+    def by_place(self, numbers: Tensor) -> Tensor:
+        """``(Fc, P)``: both parts added up, zero where nothing is kept."""
+        return numbers.sum(-1)
+
+    def zero_frequency(self, numbers: Tensor) -> Tensor:
+        """Real parts ``(B, C)`` of the zero frequency, a view; of the first chunk only."""
+        sizes = self._walk.sizes
+        return numbers[0, : sizes.row, 0].unflatten(0, (sizes.batch, sizes.channels))
+
+    def store(self, numbers: Tensor, values: Tensor, scales: Tensor) -> None:
+        """Rounds to the format of ``values``."""
+        store_rows(numbers, self._walk.bitmap, self._walk.offsets, self.rows, values, scales)
+
+    def put(self, numbers: Tensor, grad: Tensor) -> None:
+        """Writes to a gradient."""
+        walk = self._walk
+        walk.primitives.gather_rows(numbers, walk.bitmap, walk.offsets, self.rows, 0, grad)
+
+
+class _KeptChunk(_Chunk):
+    """By the reference: only what is kept, numbers are ``(n, 2)``."""
+
+    def __init__(self, walk: _Walk, rows: Tensor, first: bool) -> None:
+        super().__init__(walk, rows, first)
+        self._pattern = walk.pattern(rows)
+
+    def read(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
+        if scales is None:
+            return take_values(values, self._pattern.slots)
+        tile_scales = scales[self.rows] if scales.numel() else scales
+        numbers = read_values(values, scales, self._pattern, tile_scales, self._walk.dtype)
+        return numbers.clone() if values.dtype == numbers.dtype else numbers
+
+    def spread(self, table: Tensor) -> Tensor:
+        whole = table.expand(self.rows.numel(), -1).reshape(-1)
+        return whole.index_select(0, self._pattern.positions)[:, None]
+
+    def by_place(self, numbers: Tensor) -> Tensor:
+        out = numbers.new_zeros(self.rows.numel(), self._walk.sizes.padded_row)
+        out.view(-1).scatter_(0, self._pattern.positions, numbers.sum(-1))
+        return out
+
+    def zero_frequency(self, numbers: Tensor) -> Tensor:
+        sizes = self._walk.sizes  # of which everything is kept
+        return numbers[: sizes.row, 0].unflatten(0, (sizes.batch, sizes.channels))
+
+    def store(self, numbers: Tensor, values: Tensor, scales: Tensor) -> None:
+        if scales.numel():
+            numbers, scales[self.rows] = reference.quantise(numbers, self._pattern.counts, values.dtype)
+        values[self._pattern.slots] = numbers.to(values.dtype)
+
+    def put(self, numbers: Tensor, grad: Tensor) -> None:
+        grad[self._pattern.slots] = numbers
 
 
 class _Walk:
-    """Chunks of the frequencies kept, and the dense buffers they are read into.
+    """The frequencies at which something is kept, in chunks that fit the workspace; the zero frequency comes first.
 
-    The first chunk begins with the zero frequency.
+    Args:
+        bitmap, offsets: the pattern.
+        shape: ``[B, C, H, W]``.
+        dtype: real precision of the numbers.
+        kept: coefficients kept.
+        arrays: how many arrays of the numbers of a chunk there are at a time.
+        workspace: in bytes, 0 for the default.
     """
 
     def __init__(
-        self, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype, kept: int, buffers: int,
-        temporaries: int, workspace: int,
+        self, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype, kept: int, arrays: int,
+        workspace: int,
     ) -> None:  # fmt: skip
         self.bitmap, self.offsets, self.dtype = bitmap, offsets, dtype
         self.sizes = sizes = layout(shape)
         self.primitives = backend(bitmap.device)
         self.weight = frequency_grid(sizes.height, sizes.width, bitmap.device).weight.to(dtype)
-        rows = torch.nonzero(bitmap.flatten(1).any(1)).flatten()
-        bytes_per_row = max(1, row_bytes(sizes, dtype, kept, buffers + temporaries))
-        at_once = max(1, resolve_workspace(workspace, bitmap.device) // bytes_per_row)
-        self.parts = rows.split(at_once) if rows.numel() else ()
-        longest = self.parts[0].numel() if self.parts else 0
-        self.buffers = torch.empty(buffers, longest, sizes.padded_row, 2, dtype=dtype, device=bitmap.device)
+        self.index = self.primitives.tile_index(bitmap, offsets)
+        self._chunk: type[_Chunk] = _Chunk if self.index is None else _KeptChunk
+        if self.index is None:
+            rows = torch.nonzero(bitmap.flatten(1).any(1)).flatten()
+            per_row = row_bytes(sizes, dtype, kept, arrays)
+        else:
+            rows = torch.from_numpy(np.flatnonzero(self.index.counts.any(1))).to(bitmap.device)
+            # Mask and tables are dense; beside the numbers stand their places.
+            share = kept / max(1, rows.numel() * sizes.padded_row)
+            per_row = int(sizes.padded_row * (1 + 2 * dtype.itemsize + share * (16 + 2 * arrays * dtype.itemsize)))
+        at_once = max(1, resolve_workspace(workspace, bitmap.device) // max(1, per_row))
+        self._parts = rows.split(at_once) if rows.numel() else ()
+        self._pattern: RowPattern | None = None
 
-    def __iter__(self) -> Iterator[tuple[bool, Tensor, RowPattern | None]]:
-        """Yields (whether it begins with the zero frequency, its rows, their pattern) of each chunk."""
-        for number, rows in enumerate(self.parts):
-            yield number == 0, rows, self.primitives.row_pattern(self.bitmap, self.offsets, rows, 0, self.sizes.tiles)
+    def __iter__(self) -> Iterator[_Chunk]:
+        """Chunks; whoever takes one lets go of it, and of what was read from it, before the next is made."""
+        for number, rows in enumerate(self._parts):
+            yield self._chunk(self, rows, number == 0)
 
-    def read(self, values: Tensor, scales: Tensor, rows: Tensor, pattern: RowPattern | None, buffer: int = 0) -> Tensor:
-        """The chunk as pairs ``(Fc, P, 2)``, zero where nothing is kept."""
-        out = self.buffers[buffer, : rows.numel()]
-        return self.primitives.unpack_rows(
-            values, scales, self.bitmap, self.offsets, rows, 0, self.sizes.tiles, out, pattern
-        )
+    def pattern(self, rows: Tensor) -> RowPattern:
+        """That of a chunk, by the reference; a single one serves the next walk, too."""
+        if self._pattern is not None:
+            return self._pattern
+        pattern = reference.row_pattern(self.bitmap, self.offsets, rows, 0, self.sizes.tiles, self.index)
+        if len(self._parts) == 1:
+            self._pattern = pattern
+        return pattern
 
-    def zero_frequency(self, chunk: Tensor) -> Tensor:
-        """Real parts ``(B, C)`` of the zero frequency of the first chunk, a view."""
-        return chunk[0, : self.sizes.row, 0].unflatten(0, (self.sizes.batch, self.sizes.channels))
-
-    def per_number(self, per_channel: Tensor) -> Tensor:
-        """``(C,)`` to the numbers ``(2 P,)`` of a row."""
+    def per_place(self, per_channel: Tensor) -> Tensor:
+        """``(C,)`` to the places ``(1, P)`` of a row."""
         row = per_channel.to(self.dtype).repeat(self.sizes.batch)
-        padded = functional.pad(row, (0, self.sizes.padded_row - self.sizes.row))
-        return padded.unsqueeze(1).expand(-1, 2).flatten()
+        return functional.pad(row, (0, self.sizes.padded_row - self.sizes.row))[None]
 
-    def per_channel(self, numbers: Tensor) -> Tensor:
-        """Sums ``(C,)`` in float64 over the numbers ``(2 P,)`` of a row."""
-        by_channel = numbers[: 2 * self.sizes.row].view(self.sizes.batch, self.sizes.channels, 2)
-        return by_channel.sum((0, 2), dtype=torch.float64)
+    def per_channel(self, row: Tensor) -> Tensor:
+        """Sums ``(C,)`` in float64 over the places ``(P,)`` of a row."""
+        by_channel = row[: self.sizes.row].view(self.sizes.batch, self.sizes.channels)
+        return by_channel.sum(0, dtype=torch.float64)
 
     @property
     def root(self) -> float:
@@ -104,17 +184,18 @@ def _map_statistics(
     edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``(C,)`` of the maps."""
-    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 1, 0, workspace)
+    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 2, workspace)
     zero_mean = values.new_zeros(walk.sizes.channels, dtype=torch.float64)
     power = torch.zeros_like(zero_mean)
-    for first, rows, pattern in walk:
-        y = walk.read(values, scales, rows, pattern)
-        if first:
+    for chunk in walk:
+        y = chunk.read(values, scales)
+        if chunk.first:
             # The zero frequency enters by its deviation from the mean of the batch: no small difference of large sums.
-            zero = walk.zero_frequency(y)
+            zero = chunk.zero_frequency(y)
             zero_mean = zero.mean(0, dtype=torch.float64)
             zero -= zero_mean
-        power += walk.per_channel(torch.mv(_numbers(y.square_()).T, walk.weight[rows]))
+        power += walk.per_channel(torch.mv(chunk.by_place(y.square_()).T, walk.weight[chunk.rows]))
+        del y, chunk
     return (zero_mean / walk.root).to(edge.dtype), (power / walk.count).to(edge.dtype)
 
 
@@ -131,22 +212,20 @@ class _Affine:
     def __init__(
         self, walk: _Walk, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
     ) -> None:
-        self._walk = walk
         self._mean = mean.double() * walk.root
-        self._factor = walk.per_number(norm_factor(weight, var, eps))
+        self._factor = walk.per_place(norm_factor(weight, var, eps))
         self._bias = None if bias is None else bias.to(walk.dtype) * walk.root
 
-    def centre(self, chunk: Tensor, first: bool) -> None:
+    def centre(self, chunk: _Chunk, numbers: Tensor) -> None:
         """Takes the mean off, in place."""
-        if first:
-            self._walk.zero_frequency(chunk).sub_(self._mean)
+        if chunk.first:
+            chunk.zero_frequency(numbers).sub_(self._mean)
 
-    def __call__(self, centred: Tensor, first: bool, out: Tensor | None = None) -> Tensor:
-        """The rest of the map, of a centred chunk ``(Fc, P, 2)``."""
-        out = torch.empty_like(centred) if out is None else out
-        torch.mul(_numbers(centred), self._factor, out=_numbers(out))
-        if first and self._bias is not None:
-            self._walk.zero_frequency(out).add_(self._bias)
+    def __call__(self, chunk: _Chunk, centred: Tensor) -> Tensor:
+        """The rest of the map, of centred numbers."""
+        out = centred * chunk.spread(self._factor)
+        if chunk.first and self._bias is not None:
+            chunk.zero_frequency(out).add_(self._bias)
         return out
 
 
@@ -182,17 +261,19 @@ def _spectral_batch_norm(
 
     ``batch_statistics`` says for backward that mean and variance ``(C,)`` are those of the input.
     """
-    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 1, 0 if kind == "identity" else 2, workspace)
+    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 3 if kind == "identity" else 6, workspace)
     affine = _Affine(walk, weight, bias, mean, var, eps)
-    scale = None if activation_scale is None else walk.per_number(activation_scale)
+    scale = None if activation_scale is None else walk.per_place(activation_scale)
     out_values, out_scales = torch.empty_like(values), torch.zeros_like(scales)
-    for first, rows, pattern in walk:
-        y = walk.read(values, scales, rows, pattern)
-        affine.centre(y, first)
-        affine(y, first, out=y)
+    for chunk in walk:
+        x = chunk.read(values, scales)
+        affine.centre(chunk, x)
+        y = affine(chunk, x)
+        del x
         if kind != "identity":
-            y = activate(_numbers(y), kind, scale).view_as(y)
-        store_rows(y, bitmap, offsets, rows, out_values, out_scales, pattern)
+            y = activate(y, kind, None if scale is None else chunk.spread(scale))
+        chunk.store(y, out_values, out_scales)
+        del y, chunk
     return make_edge(values.shape[0], edge.dtype, edge.device), out_values, out_scales
 
 
@@ -243,43 +324,45 @@ def norm_gradients(
     two terms are those of the batch's statistics.
     """
     active = kind != "identity"
-    walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], 2, 5 if active else 0, workspace)
-    grad, no_scales = grad.contiguous(), grad.new_empty(0)
+    walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], 9 if active else 5, workspace)
+    grad = grad.contiguous()
     affine = _Affine(walk, weight, bias, mean, var, eps)
-    scale = None if activation_scale is None else walk.per_number(activation_scale)
+    scale = None if activation_scale is None else walk.per_place(activation_scale)
     inner = torch.zeros_like(mean, dtype=torch.float64)  # sum of <g, x> per channel
     grad_zero, grad_scale = torch.zeros_like(inner), torch.zeros_like(inner)
     grad_input = grad.new_zeros(values.shape[0] if need_input else 0, 2)
-    for first, rows, pattern in walk:
-        x, g = walk.read(values, scales, rows, pattern), walk.read(grad, no_scales, rows, pattern, 1)
-        affine.centre(x, first)
+    for chunk in walk:
+        x, g = chunk.read(values, scales), chunk.read(grad)
+        affine.centre(chunk, x)
         if active:
-            of_input, of_scale = activate_backward_input(_numbers(g), _numbers(affine(x, first)), kind, scale)
-            _numbers(g).copy_(of_input)
+            of_kept = None if scale is None else chunk.spread(scale)
+            g, of_scale = activate_backward_input(g, affine(chunk, x), kind, of_kept)
             if of_scale is not None:
-                grad_scale += walk.per_channel(of_scale.sum(0))
+                grad_scale += walk.per_channel(chunk.by_place(of_scale).sum(0))
+            del of_kept, of_scale
             if need_input:  # where the second walk finds it
-                walk.primitives.gather_rows(g, bitmap, offsets, rows, 0, grad_input, pattern)
-        if first:
-            grad_zero = walk.zero_frequency(g).sum(0, dtype=torch.float64)
-        inner += walk.per_channel(_numbers(x.mul_(g)).sum(0))
+                chunk.put(g, grad_input)
+        if chunk.first:
+            grad_zero = chunk.zero_frequency(g).sum(0, dtype=torch.float64)
+        inner += walk.per_channel(chunk.by_place(x.mul_(g)).sum(0))
+        del x, g, chunk
     grad_weight, grad_bias = inner * norm_factor(None, var, eps), grad_zero * walk.root
 
     if need_input:
         factor = norm_factor(weight, var, eps)
-        gain, pull = walk.per_number(factor), walk.per_number(factor / (var + eps) * inner / walk.count)
+        gain, pull = walk.per_place(factor), walk.per_place(factor / (var + eps) * inner / walk.count)
         zero_pull = factor * grad_zero / max(1, walk.sizes.batch)
-        for first, rows, pattern in walk:
-            g = walk.read(grad_input if active else grad, no_scales, rows, pattern, 1)
-            _numbers(g).mul_(gain)
+        for chunk in walk:
+            g = chunk.read(grad_input if active else grad) * chunk.spread(gain)
             if batch_statistics:
-                x = walk.read(values, scales, rows, pattern)
-                affine.centre(x, first)
-                if first:
-                    walk.zero_frequency(g).sub_(zero_pull)
-                x *= walk.weight[rows, None, None]
-                _numbers(g).addcmul_(_numbers(x), pull, value=-1)
-            walk.primitives.gather_rows(g, bitmap, offsets, rows, 0, grad_input, pattern)
+                x = chunk.read(values, scales)
+                affine.centre(chunk, x)
+                if chunk.first:
+                    chunk.zero_frequency(g).sub_(zero_pull)
+                g.addcmul_(x, chunk.spread(walk.weight[chunk.rows, None] * pull), value=-1)
+                del x
+            chunk.put(g, grad_input)
+            del g, chunk
     return grad_input, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype), grad_scale.to(grad.dtype)
 
 

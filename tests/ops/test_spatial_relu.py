@@ -97,6 +97,8 @@ def test_behind_a_norm(
 @pytest.mark.parametrize("affine", [True, False])
 def test_blocks_read_what_is_made_again(backend: str, device: torch.device, training: bool, affine: bool):
     """A block behind it has the gradients that it has behind an equal spectrum whose values were kept."""
+    if backend == "triton" and device.type == "cpu" and not (training and affine):
+        pytest.skip(SLOW)
     x = torch.randn(3, 4, 6, 5, dtype=DOUBLE, device=device, requires_grad=True)
     weight, bias, mean, var = norm_parameters(4, device)
     if not affine:
