@@ -57,7 +57,11 @@ class _Chunk:
 
     def by_place(self, numbers: Tensor) -> Tensor:
         """``(Fc, P)``: both parts added up, zero where nothing is kept."""
-        return numbers.sum(-1)
+        return numbers[..., 0] + numbers[..., 1]  # several times as fast as a sum over two
+
+    def energy(self, values: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
+        """Sums ``(P,)`` of squares over the frequencies, times ``weight`` ``(Fc,)``."""
+        return torch.mv(self.by_place(self.read(values, scales).square_()).T, weight)
 
     def zero_frequency(self, numbers: Tensor) -> Tensor:
         """Real parts ``(B, C)`` of the zero frequency, a view; of the first chunk only."""
@@ -94,8 +98,16 @@ class _KeptChunk(_Chunk):
 
     def by_place(self, numbers: Tensor) -> Tensor:
         out = numbers.new_zeros(self.rows.numel(), self._walk.sizes.padded_row)
-        out.view(-1).scatter_(0, self._pattern.positions, numbers.sum(-1))
+        out.view(-1).scatter_(0, self._pattern.positions, super().by_place(numbers))
         return out
+
+    def energy(self, values: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
+        if values.dtype != torch.int8:
+            return super().energy(values, scales, weight)
+        # Tiles are scaled once their integers are squared: one number a tile instead of two a coefficient.
+        squares = self.by_place(take_values(values, self._pattern.slots).to(self._walk.dtype).square_())
+        factor = scales[self.rows].to(weight.dtype).square_() * weight[:, None]
+        return torch.einsum("ft,ftp->tp", factor, squares.unflatten(1, (factor.shape[1], -1))).flatten()
 
     def zero_frequency(self, numbers: Tensor) -> Tensor:
         sizes = self._walk.sizes  # of which everything is kept
@@ -147,14 +159,18 @@ class _Walk:
     def __iter__(self) -> Iterator[_Chunk]:
         """Chunks; whoever takes one lets go of it, and of what was read from it, before the next is made."""
         for number, rows in enumerate(self._parts):
-            yield self._chunk(self, rows, number == 0)
+            yield self.chunk(rows, number == 0)
+
+    def chunk(self, rows: Tensor, first: bool) -> _Chunk:
+        """That of frequencies of which the first is the zero frequency, or is not."""
+        return self._chunk(self, rows, first)
 
     def pattern(self, rows: Tensor) -> RowPattern:
         """That of a chunk, by the reference; a single one serves the next walk, too."""
-        if self._pattern is not None:
+        if self._pattern is not None and rows is self._parts[0]:
             return self._pattern
         pattern = reference.row_pattern(self.bitmap, self.offsets, rows, 0, self.sizes.tiles, self.index)
-        if len(self._parts) == 1:
+        if len(self._parts) == 1 and rows is self._parts[0]:
             self._pattern = pattern
         return pattern
 
@@ -188,14 +204,16 @@ def _map_statistics(
     zero_mean = values.new_zeros(walk.sizes.channels, dtype=torch.float64)
     power = torch.zeros_like(zero_mean)
     for chunk in walk:
-        y = chunk.read(values, scales)
+        weight = walk.weight[chunk.rows]
         if chunk.first:
             # The zero frequency enters by its deviation from the mean of the batch: no small difference of large sums.
-            zero = chunk.zero_frequency(y)
-            zero_mean = zero.mean(0, dtype=torch.float64)
-            zero -= zero_mean
-        power += walk.per_channel(torch.mv(chunk.by_place(y.square_()).T, walk.weight[chunk.rows]))
-        del y, chunk
+            alone = walk.chunk(chunk.rows[:1], True)
+            zero = alone.zero_frequency(alone.read(values, scales)).double()
+            zero_mean = zero.mean(0)
+            power += (zero - zero_mean).square_().sum(0)
+            weight[0] = 0
+        power += walk.per_channel(chunk.energy(values, scales, weight))
+        del chunk
     return (zero_mean / walk.root).to(edge.dtype), (power / walk.count).to(edge.dtype)
 
 
