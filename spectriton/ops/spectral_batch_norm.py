@@ -43,13 +43,16 @@ class _Chunk:
     def __init__(self, walk: _Walk, rows: Tensor, first: bool) -> None:
         self._walk, self.rows, self.first = walk, rows, first
 
-    def read(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
-        """The numbers of a packed spectrum of this pattern; of a gradient, without scales, not to be changed."""
+    def read(self, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The numbers of a packed spectrum of this pattern, and what is left to multiply each tile by, ``(Fc, T)``."""
         walk = self._walk
         out = torch.empty(self.rows.numel(), walk.sizes.padded_row, 2, dtype=walk.dtype, device=values.device)
-        scales = values.new_empty(0) if scales is None else scales
         packed = (values, scales, walk.bitmap, walk.offsets, self.rows, 0, walk.sizes.tiles)
-        return walk.primitives.unpack_rows(*packed, out)
+        return walk.primitives.unpack_rows(*packed, out), None
+
+    def read_gradient(self, grad: Tensor) -> Tensor:
+        """The numbers of a gradient, which are not to be changed."""
+        return self.read(grad, grad.new_empty(0))[0]
 
     def spread(self, table: Tensor) -> Tensor:
         """``table`` ``(Fc, P)``, or ``(1, P)``, to broadcast against numbers."""
@@ -59,9 +62,13 @@ class _Chunk:
         """``(Fc, P)``: both parts added up, zero where nothing is kept."""
         return numbers[..., 0] + numbers[..., 1]  # several times as fast as a sum over two
 
-    def energy(self, values: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
-        """Sums ``(P,)`` of squares over the frequencies, times ``weight`` ``(Fc,)``."""
-        return torch.mv(self.by_place(self.read(values, scales).square_()).T, weight)
+    def sums(self, numbers: Tensor, tile: Tensor | None, weight: Tensor) -> Tensor:
+        """Sums ``(P,)`` over the frequencies, times ``weight`` ``(Fc,)`` and ``tile`` ``(Fc, T)``, if it is there."""
+        places = self.by_place(numbers)
+        if tile is None:
+            return torch.mv(places.T, weight)
+        factor = tile * weight[:, None]
+        return torch.einsum("ft,ftp->tp", factor, places.unflatten(1, (factor.shape[1], -1))).flatten()
 
     def zero_frequency(self, numbers: Tensor) -> Tensor:
         """Real parts ``(B, C)`` of the zero frequency, a view; of the first chunk only."""
@@ -85,12 +92,15 @@ class _KeptChunk(_Chunk):
         super().__init__(walk, rows, first)
         self._pattern = walk.pattern(rows)
 
-    def read(self, values: Tensor, scales: Tensor | None = None) -> Tensor:
-        if scales is None:
-            return take_values(values, self._pattern.slots)
-        tile_scales = scales[self.rows] if scales.numel() else scales
-        numbers = read_values(values, scales, self._pattern, tile_scales, self._walk.dtype)
-        return numbers.clone() if values.dtype == numbers.dtype else numbers
+    def read(self, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
+        tile = scales[self.rows].to(self._walk.dtype) if scales.numel() else None
+        if values.dtype == torch.int8:  # one factor a tile, which is cheaper in a table than one a number
+            return take_values(values, self._pattern.slots).to(self._walk.dtype), tile
+        numbers = read_values(values, scales, self._pattern, scales if tile is None else tile, self._walk.dtype)
+        return numbers.clone() if values.dtype == numbers.dtype else numbers, None
+
+    def read_gradient(self, grad: Tensor) -> Tensor:
+        return take_values(grad, self._pattern.slots)
 
     def spread(self, table: Tensor) -> Tensor:
         whole = table.expand(self.rows.numel(), -1).reshape(-1)
@@ -100,14 +110,6 @@ class _KeptChunk(_Chunk):
         out = numbers.new_zeros(self.rows.numel(), self._walk.sizes.padded_row)
         out.view(-1).scatter_(0, self._pattern.positions, super().by_place(numbers))
         return out
-
-    def energy(self, values: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
-        if values.dtype != torch.int8:
-            return super().energy(values, scales, weight)
-        # Tiles are scaled once their integers are squared: one number a tile instead of two a coefficient.
-        squares = self.by_place(take_values(values, self._pattern.slots).to(self._walk.dtype).square_())
-        factor = scales[self.rows].to(weight.dtype).square_() * weight[:, None]
-        return torch.einsum("ft,ftp->tp", factor, squares.unflatten(1, (factor.shape[1], -1))).flatten()
 
     def zero_frequency(self, numbers: Tensor) -> Tensor:
         sizes = self._walk.sizes  # of which everything is kept
@@ -153,7 +155,7 @@ class _Walk:
             share = kept / max(1, rows.numel() * sizes.padded_row)
             per_row = int(sizes.padded_row * (1 + 2 * dtype.itemsize + share * (16 + 2 * arrays * dtype.itemsize)))
         at_once = max(1, resolve_workspace(workspace, bitmap.device) // max(1, per_row))
-        self._parts = rows.split(at_once) if rows.numel() else ()
+        self._parts: Sequence[Tensor] = rows.split(at_once) if rows.numel() else ()
         self._pattern: RowPattern | None = None
 
     def __iter__(self) -> Iterator[_Chunk]:
@@ -173,6 +175,18 @@ class _Walk:
         if len(self._parts) == 1 and rows is self._parts[0]:
             self._pattern = pattern
         return pattern
+
+    def zero_frequency(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Real parts ``(B, C)`` of the zero frequency, float64."""
+        chunk = self.chunk(self._parts[0][:1], True)
+        numbers, tile = chunk.read(values, scales)
+        if tile is not None:
+            numbers = numbers * chunk.spread(self.tiles_to_places(tile))
+        return chunk.zero_frequency(numbers).double()
+
+    def tiles_to_places(self, tile: Tensor) -> Tensor:
+        """``(Fc, T)`` to ``(Fc, P)``."""
+        return tile.repeat_interleave(self.sizes.tile, 1)
 
     def per_place(self, per_channel: Tensor) -> Tensor:
         """``(C,)`` to the places ``(1, P)`` of a row."""
@@ -207,13 +221,13 @@ def _map_statistics(
         weight = walk.weight[chunk.rows]
         if chunk.first:
             # The zero frequency enters by its deviation from the mean of the batch: no small difference of large sums.
-            alone = walk.chunk(chunk.rows[:1], True)
-            zero = alone.zero_frequency(alone.read(values, scales)).double()
+            zero = walk.zero_frequency(values, scales)
             zero_mean = zero.mean(0)
             power += (zero - zero_mean).square_().sum(0)
             weight[0] = 0
-        power += walk.per_channel(chunk.energy(values, scales, weight))
-        del chunk
+        numbers, tile = chunk.read(values, scales)
+        power += walk.per_channel(chunk.sums(numbers.square_(), None if tile is None else tile.square(), weight))
+        del numbers, chunk
     return (zero_mean / walk.root).to(edge.dtype), (power / walk.count).to(edge.dtype)
 
 
@@ -230,20 +244,22 @@ class _Affine:
     def __init__(
         self, walk: _Walk, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
     ) -> None:
+        self._walk = walk
         self._mean = mean.double() * walk.root
-        self._factor = walk.per_place(norm_factor(weight, var, eps))
-        self._bias = None if bias is None else bias.to(walk.dtype) * walk.root
+        self._factor = norm_factor(weight, var, eps)
+        self._bias = 0 if bias is None else bias.double() * walk.root
+        self._row = walk.per_place(self._factor)
 
-    def centre(self, chunk: _Chunk, numbers: Tensor) -> None:
-        """Takes the mean off, in place."""
-        if chunk.first:
-            chunk.zero_frequency(numbers).sub_(self._mean)
+    def centred(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Real parts ``(B, C)`` of the zero frequency less the mean, float64."""
+        return self._walk.zero_frequency(values, scales) - self._mean
 
-    def __call__(self, chunk: _Chunk, centred: Tensor) -> Tensor:
-        """The rest of the map, of centred numbers."""
-        out = centred * chunk.spread(self._factor)
-        if chunk.first and self._bias is not None:
-            chunk.zero_frequency(out).add_(self._bias)
+    def __call__(self, chunk: _Chunk, numbers: Tensor, tile: Tensor | None, centred: Tensor | None) -> Tensor:
+        """The map of numbers as they were read; ``centred`` is the zero frequency, for the first chunk."""
+        row = self._row if tile is None else self._row * self._walk.tiles_to_places(tile)
+        out = numbers * chunk.spread(row)
+        if centred is not None:
+            chunk.zero_frequency(out).copy_(centred * self._factor + self._bias)
         return out
 
 
@@ -284,10 +300,7 @@ def _spectral_batch_norm(
     scale = None if activation_scale is None else walk.per_place(activation_scale)
     out_values, out_scales = torch.empty_like(values), torch.zeros_like(scales)
     for chunk in walk:
-        x = chunk.read(values, scales)
-        affine.centre(chunk, x)
-        y = affine(chunk, x)
-        del x
+        y = affine(chunk, *chunk.read(values, scales), affine.centred(values, scales) if chunk.first else None)
         if kind != "identity":
             y = activate(y, kind, None if scale is None else chunk.spread(scale))
         chunk.store(y, out_values, out_scales)
@@ -350,35 +363,43 @@ def norm_gradients(
     grad_zero, grad_scale = torch.zeros_like(inner), torch.zeros_like(inner)
     grad_input = grad.new_zeros(values.shape[0] if need_input else 0, 2)
     for chunk in walk:
-        x, g = chunk.read(values, scales), chunk.read(grad)
-        affine.centre(chunk, x)
+        (x, tile), g = chunk.read(values, scales), chunk.read_gradient(grad)
+        centred = affine.centred(values, scales) if chunk.first else None
         if active:
             of_kept = None if scale is None else chunk.spread(scale)
-            g, of_scale = activate_backward_input(g, affine(chunk, x), kind, of_kept)
+            g, of_scale = activate_backward_input(g, affine(chunk, x, tile, centred), kind, of_kept)
             if of_scale is not None:
                 grad_scale += walk.per_channel(chunk.by_place(of_scale).sum(0))
             del of_kept, of_scale
             if need_input:  # where the second walk finds it
                 chunk.put(g, grad_input)
-        if chunk.first:
-            grad_zero = chunk.zero_frequency(g).sum(0, dtype=torch.float64)
-        inner += walk.per_channel(chunk.by_place(x.mul_(g)).sum(0))
+        weight_of = torch.ones_like(walk.weight[chunk.rows])
+        if centred is not None:
+            zero = chunk.zero_frequency(g)
+            grad_zero = zero.sum(0, dtype=torch.float64)
+            inner += (zero * centred).sum(0)
+            weight_of[0] = 0
+        inner += walk.per_channel(chunk.sums(x.mul_(g), tile, weight_of))
         del x, g, chunk
     grad_weight, grad_bias = inner * norm_factor(None, var, eps), grad_zero * walk.root
 
     if need_input:
         factor = norm_factor(weight, var, eps)
-        gain, pull = walk.per_place(factor), walk.per_place(factor / (var + eps) * inner / walk.count)
-        zero_pull = factor * grad_zero / max(1, walk.sizes.batch)
+        pull = factor / (var + eps) * inner / walk.count
+        gain, pulls = walk.per_place(factor), walk.per_place(pull)
         for chunk in walk:
-            g = chunk.read(grad_input if active else grad) * chunk.spread(gain)
+            g = chunk.read_gradient(grad_input if active else grad) * chunk.spread(gain)
             if batch_statistics:
-                x = chunk.read(values, scales)
-                affine.centre(chunk, x)
+                x, tile = chunk.read(values, scales)
+                table = walk.weight[chunk.rows, None] * pulls
+                if tile is not None:
+                    table *= walk.tiles_to_places(tile)
                 if chunk.first:
-                    chunk.zero_frequency(g).sub_(zero_pull)
-                g.addcmul_(x, chunk.spread(walk.weight[chunk.rows, None] * pull), value=-1)
-                del x
+                    table[0] = 0
+                    centred = affine.centred(values, scales)
+                    chunk.zero_frequency(g).sub_(factor * grad_zero / max(1, walk.sizes.batch) + pull * centred)
+                g.addcmul_(x, chunk.spread(table), value=-1)
+                del x, table
             chunk.put(g, grad_input)
             del g, chunk
     return grad_input, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype), grad_scale.to(grad.dtype)
