@@ -286,7 +286,10 @@ def _spatial_relu_backward(
     workspace: int,
     need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for the packed input (in its own pattern), and for weight and bias of the norm."""
+    """Gradients for the packed input (in its own pattern), and for weight and bias of the norm.
+
+    Without ``need_input`` the first is not brought through the norm.
+    """
     size = _output_size(shape[2:], kernel, stride)
     sizes, outputs = layout([*shape[:2], *size]), size[0] * size[1]
     packed = (grad.contiguous(), grad.new_empty(0), out_bitmap, out_offsets)
@@ -310,7 +313,7 @@ def _spatial_relu_backward(
     norm = (weight, bias, mean, var, None)
     settings = ("identity", shape, batch_statistics, eps, workspace)
     grad_input, grad_weight, grad_bias, _ = norm_gradients(
-        grad_maps, values, scales, bitmap, offsets, *norm, *settings, need_input
+        grad_maps, values, scales, bitmap, offsets, *norm, *settings, need_input, overwrite=True
     )
     return grad_input, grad_weight, grad_bias
 
@@ -340,8 +343,7 @@ def _(
     need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = 0 if mean is None else shape[1]
-    need = need_input or mean is None
-    return grad.new_empty(kept if need else 0, 2), grad.new_empty(channels), grad.new_empty(channels)
+    return grad.new_empty(kept, 2), grad.new_empty(channels), grad.new_empty(channels)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

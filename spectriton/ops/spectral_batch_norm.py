@@ -346,13 +346,14 @@ def norm_gradients(
     eps: float,
     workspace: int,
     need_input: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for the packed input (in its own pattern), weight, bias and scale of the activation.
 
     With ``x`` the input less its mean, ``g`` the gradient before the activation, ``a = gamma / sigma``, ``n = B H W``
     and ``w`` how many coefficients of the full spectrum a stored one stands for, the gradient of a coefficient is
     ``a g - a w x sum(<g, x>) / (n sigma^2)``, less the mean of ``a g`` over the batch at the zero frequency. The last
-    two terms are those of the batch's statistics.
+    two terms are those of the batch's statistics. To ``overwrite`` is to write the first gradient over ``grad``.
     """
     active = kind != "identity"
     walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], 9 if active else 5, workspace)
@@ -361,7 +362,7 @@ def norm_gradients(
     scale = None if activation_scale is None else walk.per_place(activation_scale)
     inner = torch.zeros_like(mean, dtype=torch.float64)  # sum of <g, x> per channel
     grad_zero, grad_scale = torch.zeros_like(inner), torch.zeros_like(inner)
-    grad_input = grad.new_zeros(values.shape[0] if need_input else 0, 2)
+    grad_input = grad if overwrite else grad.new_zeros(values.shape[0] if need_input else 0, 2)
     for chunk in walk:
         (x, tile), g = chunk.read(values, scales), chunk.read_gradient(grad)
         centred = affine.centred(values, scales) if chunk.first else None

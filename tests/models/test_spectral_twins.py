@@ -70,11 +70,12 @@ def test_the_original_loads_into_the_twin(name: str):
     assert all(".norm." in key or "norm." in key for key in unexpected)
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_twin_saves_less(name: str):
+@pytest.mark.parametrize(("name", "activation"), [*((name, "tanh") for name in QUICK), ("vgg16_bn", "relu")])
+def test_twin_saves_less(name: str, activation: str):
     saved = {}
     for variant in models.VARIANTS:
-        network = twin(name, variant, width=0.25, threshold=0.5)
+        options = {"activation": activation} if variant == "spectral" else {}
+        network = twin(name, variant, width=0.25, threshold=0.5, **options)
         x, labels = natural_images(32, 3, 32), torch.zeros(32, dtype=torch.long)
         with memory.track("cpu", model=network) as usage:
             nn.functional.cross_entropy(network(x), labels).backward()

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spectriton import PackedSpectrum, ops
 from spectriton import nn as snn
+from tests import oracles
 
 DOUBLE = torch.float64
 
@@ -196,6 +197,57 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(other[2].running_var, model[2].running_var)
     assert other[2].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("pool", [None, 2])
+def test_blocks_with_relu_equal_dense_layers(norm: bool, pool: int | None):
+    """Two blocks and their gradients, thresholds being masks on the way."""
+    torch.manual_seed(0)
+    options = {"activation": "relu", "norm": norm, "pool": pool, "dtype": torch.float64}
+    blocks = nn.Sequential(snn.SpecBlock(3, 4, 3, 0.4, **options), snn.SpecBlock(4, 3, 3, 0.4, **options))
+    x = torch.randn(4, 3, 8, 12, dtype=torch.float64, requires_grad=True)
+    got = snn.ToSpatial()(blocks(snn.ToSpectral()(x)))
+
+    def masked(maps: Tensor, threshold: float | Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(maps, norm="ortho")
+        keep = ~(spectrum.abs() < threshold)
+        keep[..., 0, 0] = True
+        return torch.fft.irfft2(spectrum * keep, s=maps.shape[2:], norm="ortho")
+
+    maps = x
+    for block in blocks:
+        # The running deviation of a norm that has seen no batch is one: the threshold is that of the convolution.
+        deviation = 1.0 if block.norm is None else (1 + block.norm.eps) ** 0.5
+        maps = oracles.same_conv2d(maps, block.weight, block.bias, 1)
+        maps = masked(maps, 0.4 * deviation)
+        if block.norm is not None:
+            maps = nn.functional.batch_norm(maps, None, None, block.norm.weight, block.norm.bias, training=True)
+        maps = maps.relu() if pool is None else nn.functional.max_pool2d(maps.relu(), pool)
+        maps = masked(maps, 0.4)
+    torch.testing.assert_close(got, maps, rtol=0, atol=1e-10)
+    grad = torch.randn_like(got)
+    leaves = [x, *blocks.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y, leaves, grad) for y in (got, maps)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_what_blocks_with_relu_say_of_themselves():
+    """Sizes are of what backward holds: with a norm the convolution, otherwise what comes after the relu."""
+    packed = snn.ToSpectral()(torch.randn(2, 4, 8, 8)).requires_grad_()
+    for options, held in (({"norm": True}, 1), ({"norm": True, "pool": 2}, 2), ({}, 1), ({"pool": 2}, 1)):
+        block = snn.SpecBlock(4, 4, 3, 0.2, "relu", **options)
+        out = block(packed)
+        assert block.relu.last_density == out.density and 0 < block.last_density <= 1
+        sizes = [size for size in (block.last_packed, block.relu.last_packed) if size is not None]
+        assert len(sizes) == held
+        if not options.get("norm") or "pool" in options:
+            assert sizes[-1] == out.packed_size
+    assert "kernel_size=(2, 2), stride=(2, 2), threshold=0.2" in repr(block)
+    with pytest.raises(ValueError, match="SpecBlock: pool got 2, expected none without relu"):
+        snn.SpecBlock(4, 4, 3, pool=2)
+    with pytest.raises(ValueError, match="SpecBlock: activation_scale got"):
+        snn.SpecBlock(4, 4, 3, activation="relu", activation_scale=1.0)
 
 
 @pytest.mark.parametrize("options", ACTIVATIONS[:2])
