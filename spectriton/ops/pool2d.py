@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from spectriton import reference
 from spectriton._backend import backend
 from spectriton._check import check_real_maps, fail
 from spectriton.frequencies import frequency_grid
+from spectriton.ops._across import empty_across, masked_across, maxima_across, rectified_across, spread_across
 from spectriton.ops._arguments import check_packed, check_rule, check_window, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
@@ -189,6 +191,49 @@ def _max_autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
 _max_pool2d.register_autograd(_max_autograd, setup_context=_max_setup)
 
 
+class _Pooling:
+    """Maximum of windows, or with ``rectify`` with zero, of chunks of the planes of packed maps.
+
+    Chunks begin at tiles of planes, which hold whole bytes of codes.
+    """
+
+    def __init__(
+        self, sizes: Layout, kernel: list[int], stride: list[int], rectify: bool, device: torch.device
+    ) -> None:
+        self._size, self._tile = [sizes.height, sizes.width], sizes.tile
+        self._kernel, self._stride, self._rectify = kernel, stride, rectify
+        self._across = reference.planes_innermost(frequency_grid(*self._size, device))
+        height, width = _output_size(self._size, kernel, stride)
+        self.outputs = height * width
+
+    def empty(self, like: Tensor, planes: int, size: list[int]) -> Tensor:
+        """Maps ``(n, *size)`` in the memory order of the transforms."""
+        return empty_across(like, planes, size) if self._across else like.new_empty(planes, *size)
+
+    def pool(self, maps: Tensor, out: Tensor, codes: Tensor, first: int) -> None:
+        """Writes what maps ``(n, H, W)`` give to ``out``, and their codes, those of the planes from ``first`` on."""
+        if self._across and self._rectify:
+            code = rectified_across(maps, self._tile, out)
+        elif self._across:
+            bits = _code_bits(self._kernel)
+            code = maxima_across(maps, self._kernel, self._stride, bits, self._tile, out)
+        else:
+            y, code = _rectified(maps) if self._rectify else _maxima(maps, self._kernel, self._stride)
+            out.copy_(y)
+        at = _code_bytes(first, self.outputs, self._kernel)
+        codes[at : at + code.numel()] = code
+
+    def spread(self, grad: Tensor, codes: Tensor, first: int) -> Tensor:
+        """The adjoint of :meth:`pool`: gradients ``(n, Ho, Wo)`` of the planes from ``first`` on to those of maps."""
+        last = first + grad.shape[0]
+        code = codes[_code_bytes(first, self.outputs, self._kernel) : _code_bytes(last, self.outputs, self._kernel)]
+        if not self._across:
+            return _masked(grad, code) if self._rectify else _spread(grad, code, self._size, self._kernel, self._stride)
+        if self._rectify:
+            return masked_across(grad, code, self._tile)
+        return spread_across(grad, code, self._size, self._kernel, self._stride, _code_bits(self._kernel), self._tile)
+
+
 # -- from packed maps: they are made, pooled and forgotten a chunk of planes at a time ------------------------------
 
 
@@ -210,13 +255,11 @@ def _packed_max_pool2d(
     """:func:`_max_pool2d` of the maps of a packed spectrum."""
     sizes = layout(shape)
     y = edge.new_empty(sizes.row, *_output_size(shape[2:], kernel, stride))
-    outputs = y.shape[1] * y.shape[2]
-    codes = torch.empty(_code_bytes(sizes.row, outputs, kernel), dtype=torch.uint8, device=values.device)
+    pooling = _Pooling(sizes, kernel, stride, False, values.device)
+    codes = torch.empty(_code_bytes(sizes.row, pooling.outputs, kernel), dtype=torch.uint8, device=values.device)
     packed = (values, scales, bitmap, offsets, sizes, True, resolve_workspace(workspace, values.device))
-    for first, last, maps in unpack_maps(*packed, lambda first, last: edge.new_empty(last - first, *shape[2:])):
-        at = _code_bytes(first, outputs, kernel)  # tiles of planes hold whole bytes of codes
-        y[first:last], code = _maxima(maps, kernel, stride)
-        codes[at : at + code.numel()] = code
+    for first, last, maps in unpack_maps(*packed, lambda first, last: pooling.empty(edge, last - first, shape[2:])):
+        pooling.pool(maps, y[first:last], codes, first)
     return y.unflatten(0, shape[:2]), codes
 
 
@@ -251,15 +294,14 @@ def _packed_max_pool2d_backward(
     stride: list[int],
     workspace: int,
 ) -> Tensor:
-    grads = grad.flatten(0, 1)
-    outputs = grads.shape[1] * grads.shape[2]
+    grads, sizes = grad.flatten(0, 1), layout(shape)
+    pooling = _Pooling(sizes, kernel, stride, False, grad.device)
 
     def planes(first: int, last: int) -> Tensor:
-        code = codes[_code_bytes(first, outputs, kernel) : _code_bytes(last, outputs, kernel)]
-        return _spread(grads[first:last], code, shape[2:], kernel, stride)
+        return pooling.spread(grads[first:last], codes, first)
 
     workspace = resolve_workspace(workspace, grad.device)
-    return gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, workspace)
+    return gather_maps(planes, bitmap, offsets, kept, sizes, grad.dtype, workspace)
 
 
 @_packed_max_pool2d_backward.register_fake
@@ -319,21 +361,19 @@ def _repacked_pool2d(
     """
     size = _output_size(shape[2:], kernel, stride)
     sizes, pooled = layout(shape), layout([*shape[:2], *size])
-    outputs = size[0] * size[1]
-    codes = torch.empty(_code_bytes(sizes.row, outputs, kernel), dtype=torch.uint8, device=values.device)
+    pooling = _Pooling(sizes, kernel, stride, rectify, values.device)
+    codes = torch.empty(_code_bytes(sizes.row, pooling.outputs, kernel), dtype=torch.uint8, device=values.device)
     half = resolve_workspace(workspace, values.device) // 2  # one half for the maps, one for what becomes of them
     maps_of = _map_reader(values, scales, bitmap, offsets, sizes, True, edge.dtype)
     step = tiles_at_a_time(sizes, edge.dtype, half)
 
     def maxima(first: int, last: int) -> Tensor:
         # Smaller maps have tiles of as many planes or more: these are whole tiles of the large ones, too.
-        y = edge.new_empty(last - first, *size)
+        y = pooling.empty(edge, last - first, size)
         for t0 in range(first // sizes.tile, -(-last // sizes.tile), step):
             start, stop = t0 * sizes.tile, min((t0 + step) * sizes.tile, last)
             maps = maps_of(t0, min(t0 + step, -(-last // sizes.tile)))
-            y[start - first : stop - first], code = _rectified(maps) if rectify else _maxima(maps, kernel, stride)
-            at = _code_bytes(start, outputs, kernel)  # tiles of planes hold whole bytes of codes
-            codes[at : at + code.numel()] = code
+            pooling.pool(maps, y[start - first : stop - first], codes, start)
         return y
 
     transform = rows_of_maps(maxima, pooled, edge.dtype, values.device)
@@ -380,20 +420,19 @@ def _repacked_pool2d_backward(
     rectify: bool,
     workspace: int,
 ) -> Tensor:
-    size = _output_size(shape[2:], kernel, stride)
-    pooled, outputs = layout([*shape[:2], *size]), size[0] * size[1]
+    sizes, pooled = layout(shape), layout([*shape[:2], *_output_size(shape[2:], kernel, stride)])
+    pooling = _Pooling(sizes, kernel, stride, rectify, grad.device)
     packed = (grad.contiguous(), grad.new_empty(0), pooled_bitmap, pooled_offsets)
     # A tile of small maps serves several chunks of large ones: the last one read is kept.
     grads_of = lru_cache(maxsize=1)(_map_reader(*packed, pooled, False, grad.dtype))
 
     def planes(first: int, last: int) -> Tensor:
-        code = codes[_code_bytes(first, outputs, kernel) : _code_bytes(last, outputs, kernel)]
         t0 = first // pooled.tile
         grads = grads_of(t0, -(-last // pooled.tile))[first - t0 * pooled.tile : last - t0 * pooled.tile]
-        return _masked(grads, code) if rectify else _spread(grads, code, shape[2:], kernel, stride)
+        return pooling.spread(grads, codes, first)
 
     half = resolve_workspace(workspace, grad.device) // 2
-    return gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, half)
+    return gather_maps(planes, bitmap, offsets, kept, sizes, grad.dtype, half)
 
 
 @_repacked_pool2d_backward.register_fake
@@ -421,10 +460,12 @@ def _map_reader(
     primitives = backend(values.device)
     grid = frequency_grid(sizes.height, sizes.width, values.device)
     index = primitives.tile_index(bitmap, offsets)
+    across = reference.planes_innermost(grid)
 
     def maps_of(t0: int, t1: int) -> Tensor:
         planes = min(t1 * sizes.tile, sizes.row) - t0 * sizes.tile
-        maps = torch.empty(planes, sizes.height, sizes.width, dtype=dtype, device=values.device)
+        like, size = values.new_empty(0, dtype=dtype), [sizes.height, sizes.width]
+        maps = empty_across(like, planes, size) if across else like.new_empty(planes, *size)
         primitives.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, maps, index)
         return maps
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +36,7 @@ from spectriton.ops._planes import (
 )
 from spectriton.ops.spectral_batch_norm import remake
 from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
-from spectriton.reference import RowPattern, TileIndex
+from spectriton.reference import RowPattern, TileIndex, filled_rows
 
 
 class _Settings(NamedTuple):
@@ -214,10 +213,9 @@ def _channels(buffer: Tensor, sizes: Layout) -> Tensor:
 def _filled_rows(bitmap: Tensor, index: TileIndex | None) -> int:
     """How many frequencies come before the tail at which nothing is kept."""
     if index is not None:
-        filled = np.flatnonzero(index.counts.any(1))
-    else:
-        filled = torch.nonzero(bitmap.flatten(1).any(1)).flatten().cpu().numpy()
-    return int(filled[-1]) + 1 if filled.size else 0
+        return filled_rows(index)
+    filled = torch.nonzero(bitmap.flatten(1).any(1)).flatten()
+    return int(filled[-1]) + 1 if filled.numel() else 0
 
 
 def _mixed(walk: _Walk, bias: Tensor | None, rows: int) -> Iterator[tuple[slice, Tensor]]:
