@@ -132,7 +132,7 @@ class Backend:
 
         Not ``weighted``: the adjoint of maps to their stored coefficients.
         """
-        if index is not None and reference.planes_innermost(grid):
+        if index is not None and reference.by_products(grid, out):
             reference.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, out, index)
             return
         half = out.new_empty(out.shape[0], grid.height, grid.half_width, 2)
@@ -153,7 +153,7 @@ class Backend:
         index: TileIndex | None,
     ) -> None:
         """Writes half of the adjoint of weighted :meth:`unpack_maps`, for maps ``(n, H, W)``, to ``out`` ``(N, 2)``."""
-        if index is not None and reference.planes_innermost(grid):
+        if index is not None and reference.by_products(grid, maps):
             reference.gather_maps(maps, bitmap, offsets, grid, t0, t1, out, index)
             return
         rows = self.rows_of_maps(maps, grid, (t1 - t0) * bitmap.shape[2] * 8)

@@ -1,7 +1,7 @@
 """Pooling of maps whose planes stand innermost in memory, ``(H, W, n)``: whole runs of planes go through each step.
 
-Codes are bit planes, tile by tile of planes, so that they are read again in chunks of other sizes: of each tile the lowest
-bit of all outputs ``(Ho, Wo, tile)``, then the next. Full tiles take whole bytes.
+Codes are bit planes, tile by tile of planes, so that they may be read again in other chunks: of each tile the lowest bit
+of all outputs ``(Ho, Wo, tile)``, then the next. Full tiles take whole bytes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ def empty_across(like: Tensor, planes: int, size: list[int]) -> Tensor:
     return like.new_empty(*size, planes).permute(2, 0, 1)
 
 
-def _windows(size: list[int], kernel: list[int], stride: list[int]) -> list[tuple[slice, slice]]:
-    """The place of each element of the windows in maps ``(H, W, n)``, in the order of the codes."""
-    steps = [[slice(i, i + (n - k) // s * s + 1, s) for i in range(k)]
-             for n, k, s in zip(size, kernel, stride, strict=True)]  # fmt: skip
-    return list(product(*steps))
+def _windows(size: list[int], kernel: list[int], stride: list[int], margin: int = 0) -> list[tuple[slice, slice]]:
+    """The place of each element of the windows in maps ``(H, W, n)``, margins left out, in the order of the codes."""
+    rows, columns = (
+        [slice(first, first + (n - 2 * margin - k) // s * s + 1, s) for first in range(margin, margin + k)]
+        for n, k, s in zip(size, kernel, stride, strict=True)
+    )
+    return list(product(rows, columns))
 
 
 def maxima_across(maps: Tensor, kernel: list[int], stride: list[int], bits: int, tile: int, out: Tensor) -> Tensor:
-    """Writes the maxima ``out`` ``(n, Ho, Wo)`` of maps ``(n, H, W)``; returns where in their windows they stand, packed.
+    """Writes the maxima ``out`` ``(n, Ho, Wo)`` of maps ``(n, H, W)``; returns where in their windows they stand.
 
-    The first of equals is taken. Codes are of ``bits`` bits.
+    The first of equals is taken. Codes are of ``bits`` bits, packed.
     """
     values, best = maps.permute(1, 2, 0).numpy(), out.permute(1, 2, 0).numpy()
     first, *others = _windows(list(maps.shape[1:]), kernel, stride)
@@ -41,14 +43,25 @@ def maxima_across(maps: Tensor, kernel: list[int], stride: list[int], bits: int,
         candidates = values[place]
         np.greater(candidates, best, out=larger.view(np.bool_))
         np.maximum(best, candidates, out=best)
-        np.maximum(code, np.multiply(larger, np.uint8(number), out=larger), out=code)  # numbers ascend: the last one won
+        larger *= np.uint8(number)
+        np.maximum(code, larger, out=code)  # numbers ascend: the last that was larger
     return _store(np.stack([code & np.uint8(1 << bit) for bit in range(bits)]), tile)
 
 
 def spread_across(
-    grad: Tensor, codes: Tensor, size: list[int], kernel: list[int], stride: list[int], bits: int, tile: int
+    grad: Tensor,
+    codes: Tensor,
+    size: list[int],
+    kernel: list[int],
+    stride: list[int],
+    bits: int,
+    tile: int,
+    margin: int = 0,
 ) -> Tensor:
-    """The adjoint of :func:`maxima_across`: gradients ``(n, Ho, Wo)`` at the maxima of maps ``(n, H, W)``."""
+    """The adjoint of :func:`maxima_across`: gradients ``(n, Ho, Wo)`` at the maxima of maps ``(n, H, W)``.
+
+    The maxima are those of the maps without their margins.
+    """
     grads = grad.permute(1, 2, 0).numpy()
     code = np.zeros(grads.shape, dtype=np.uint8)
     for bit, plane in enumerate(_load(codes, bits, grads.shape, tile)):
@@ -56,7 +69,7 @@ def spread_across(
     out = torch.zeros(*size, grads.shape[2], dtype=grad.dtype)
     target = out.numpy()
     apart = stride[0] >= kernel[0] and stride[1] >= kernel[1]  # no two windows share an element
-    for number, place in enumerate(_windows(size, kernel, stride)):
+    for number, place in enumerate(_windows(size, kernel, stride, margin)):
         if apart:
             _masked(grads, code == number, target[place])
         else:
@@ -86,7 +99,7 @@ def _masked(grads: NDArray[Any], mask: NDArray[np.bool_], out: NDArray[Any]) -> 
 
 
 def _store(planes: NDArray[Any], tile: int) -> Tensor:
-    """Bit planes ``(bits, Ho, Wo, n)``, set where not zero, of whole tiles and perhaps a part of one, packed tile by tile."""
+    """Bit planes ``(bits, Ho, Wo, n)``, set where not zero, packed tile by tile; the last tile may be a part of one."""
     count = planes.shape[-1]
     flat = planes.reshape(-1, count)
     whole = count // tile * tile

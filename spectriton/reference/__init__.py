@@ -26,7 +26,14 @@ from spectriton.reference.spectral_activation import (
 from spectriton.reference.spectral_batch_norm import spectral_batch_norm
 from spectriton.reference.spectral_pool2d import spectral_pool2d
 from spectriton.reference.store_rows import store_rows
-from spectriton.reference.transform import maps_of_half, planes_innermost, rows_of_half, rows_of_maps, spread_rows
+from spectriton.reference.transform import (
+    by_products,
+    maps_of_half,
+    planes_innermost,
+    rows_of_half,
+    rows_of_maps,
+    spread_rows,
+)
 from spectriton.reference.unpack import gather_maps, unpack_maps, unpack_planes, unpack_rows
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "ROUNDINGS",
     "RowPattern",
     "TileIndex",
+    "by_products",
     "channel_mix",
     "compact_rows",
     "complex_kernel_spectrum",

@@ -149,9 +149,13 @@ def half_positions(pattern: RowPattern, padded: int, index: Tensor, half_size: i
 
 
 def part_positions(pattern: RowPattern, padded: int, places: Tensor, planes: int) -> Tensor:
-    """Where the coefficients of a pattern stand in flattened rows of ``planes``, ``places`` ``(Fc,)`` the numbers of theirs.
+    """Where the coefficients of a pattern stand in flattened rows of ``planes``.
 
-    Its own positions are those in rows of ``padded``.
+    Args:
+        pattern: positions in rows of ``padded``.
+        padded: planes in the chunk, padding included.
+        places: ``(Fc,)`` number of the row that each frequency goes to.
+        planes: length of those rows.
     """
     shift = places * planes - torch.arange(places.numel(), device=places.device) * padded
     return per_row(shift, pattern).add_(pattern.positions)

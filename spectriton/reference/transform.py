@@ -15,13 +15,21 @@ from torch import Tensor
 
 from spectriton.frequencies import FrequencyGrid
 
-# Products take O(side) operations a value, at the speed of a matrix product; from about here on transposing is cheaper.
-_LARGEST_SIDE = 32
+# Products take O(side) operations a value. Up to these sides they are quicker than a fast transform and the transposing
+# that brings spectra to rows; the smaller one is for maps that have to be transposed themselves for products.
+_LARGEST_SIDE, _LARGEST_SIDE_TRANSPOSED = 32, 16
 
 
 def planes_innermost(grid: FrequencyGrid) -> bool:
-    """Whether maps on ``grid`` are transformed by matrix products, from and to memory in the order ``(H, W, n)``."""
+    """Whether maps on ``grid`` had best stand in memory in the order ``(H, W, n)``, for transforms by products."""
     return grid.index.device.type == "cpu" and max(grid.height, grid.width) <= _LARGEST_SIDE
+
+
+def by_products(grid: FrequencyGrid, maps: Tensor) -> bool:
+    """Whether maps ``(n, H, W)``, in the memory order that they have, are transformed by matrix products."""
+    if maps.stride(0) == 1:
+        return planes_innermost(grid)
+    return grid.index.device.type == "cpu" and max(grid.height, grid.width) <= _LARGEST_SIDE_TRANSPOSED
 
 
 class Products(NamedTuple):
@@ -123,7 +131,7 @@ def rows_of_maps(maps: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
 
     What is its own conjugate is exactly real.
     """
-    if planes_innermost(grid):
+    if by_products(grid, maps):
         return _rows_by_products(maps, grid, padded)
     rows = rows_of_half(torch.fft.rfft2(maps, norm="ortho"), grid, padded)
     rows[grid.self_conjugate, :, 1] = 0
