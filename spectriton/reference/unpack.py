@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,17 @@ def unpack_rows(
     return out
 
 
+def fill_mirrors(half: Tensor, grid: FrequencyGrid) -> None:
+    """Writes the conjugates of stored coefficients where half spectra ``(n, H * Wh)`` repeat them."""
+    if half.device.type != "cpu":
+        half[:, grid.mirror_index] = half[:, grid.index[grid.mirror_row]].conj_physical()
+        return
+    planes = half.view(-1, grid.height, grid.half_width).numpy()
+    # They are the rows beyond the middle of the columns kx = 0 and W / 2, in the opposite order.
+    for column in {0, grid.width // 2} if grid.width % 2 == 0 else {0}:
+        np.conjugate(planes[:, (grid.height - 1) // 2 : 0 : -1, column], out=planes[:, grid.height // 2 + 1 :, column])
+
+
 def unpack_planes(
     values: Tensor,
     scales: Tensor,
@@ -104,8 +116,7 @@ def unpack_planes(
     # Straight to its place in its plane: only what is kept moves, and nothing dense is transposed.
     places = half_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, grid.index, half.shape[1])
     half.view(-1).scatter_(0, places, torch.view_as_complex(kept))
-    mirrored = grid.index[grid.mirror_row]
-    half[:, grid.mirror_index] = half[:, mirrored].conj_physical()
+    fill_mirrors(half, grid)
     return out
 
 
