@@ -17,7 +17,7 @@ from spectriton.frequencies import FrequencyGrid
 
 # Products take O(side) operations a value. Up to these sides they are quicker than a fast transform and the transposing
 # that brings spectra to rows; the smaller one is for maps that have to be transposed themselves for products.
-_LARGEST_SIDE, _LARGEST_SIDE_TRANSPOSED = 32, 16
+_LARGEST_SIDE, _LARGEST_SIDE_TRANSPOSED = 32, 12
 
 
 def planes_innermost(grid: FrequencyGrid) -> bool:
