@@ -318,6 +318,7 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
             modules[f"{name}_to_spatial"] = snn.ToSpatial(options.workspace)
             packed = False
 
+    cropped = 0
     taken = rectified = False  # whether the pooling that comes next is part of its block, and ReLU follows it
     for number, layer in enumerate(layers):
         following, after = [*layers[number + 1 : number + 3], None, None][:2]
@@ -325,17 +326,21 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
             enter(layer.name)
             margin = (layer.kernel_size - 1) // 2 - layer.pad
             pool, kind = None, options.activation
-            if kind == "relu" and isinstance(following, Pool) and following.kind == "max":
+            active = layer.activation or layer.deferred
+            if active and kind == "relu" and isinstance(following, Pool) and following.kind == "max":
                 # Maximum and ReLU commute: both are taken of the same maps, or the smaller maps are rectified.
                 taken = isinstance(after, (Conv, Dense)) and not following.padding and margin <= 0
-                rectified = not isinstance(after, (Conv, Dense))
+                rectified = not isinstance(after, (Conv, Dense)) or (margin > 0 and not following.padding)
                 pool = following if taken else None
                 kind = "identity" if rectified else kind
             modules[layer.name] = _block(layer, options, kind, pool)
             if margin > 0 and layer.stride == 1:
                 # Away from the edges a circular convolution is the same, so cropping gives the one with less padding.
-                leave(layer.name)
-                modules[f"{layer.name}_crop"] = Crop2d(margin)
+                if isinstance(following, Pool) and following.kind == "max" and not following.padding:
+                    cropped = margin  # by the pooling, of chunks of maps
+                else:
+                    leave(layer.name)
+                    modules[f"{layer.name}_crop"] = Crop2d(margin)
         elif isinstance(layer, Dense):
             enter(layer.name)
             modules[layer.name] = DensePacked(
@@ -361,15 +366,16 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
                 fill = -inf if layer.kind == "max" else 0.0
                 modules[f"{layer.name}_pad"] = nn.ConstantPad2d(layer.padding, fill)
             if layer.kind == "max" or packed:
-                stays = packed and isinstance(following, (Conv, Dense))
+                stays = packed and isinstance(following, (Conv, Dense)) and not cropped
                 modules[layer.name] = snn.MaxPool2d(
                     layer.kernel_size,
                     layer.stride,
+                    margin=cropped,
                     **(options.rule() if stays else {}),
                     value_dtype=options.value_dtype,
                     workspace=options.workspace,
                 )
-                packed = stays
+                packed, cropped = stays, 0
             else:
                 modules[layer.name] = snn.AvgPool2d(layer.kernel_size, layer.stride)
                 packed = False

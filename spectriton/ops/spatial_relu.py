@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from spectriton._backend import backend
+from spectriton.ops._across import masked_across, signs_across
 from spectriton.ops._arguments import check_packed, check_rule, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
@@ -32,15 +33,17 @@ from spectriton.ops._planes import (
     tiles_at_a_time,
 )
 from spectriton.ops._rows import store_rows
-from spectriton.ops.pool2d import _check_pool, _code_bytes, _map_reader, _maxima, _output_size, _spread
+from spectriton.ops.pool2d import _check_pool, _code_bytes, _map_reader, _output_size, _Pooling
 from spectriton.ops.spectral_batch_norm import check_norm, moved, norm_factor, norm_gradients, statistics_of
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge, value_dtype_name
 
 _NORM = "Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var"
 
 
-def _signs(maps: Tensor) -> Tensor:
+def _signs(maps: Tensor, across: bool, tile: int) -> Tensor:
     """One bit a value, packed to bytes: whether a gradient passes its ReLU, as it does where it is not a number."""
+    if across:
+        return signs_across(maps, tile)
     passes = (maps <= 0).logical_not_().view(-1)
     if maps.device.type == "cpu":
         return torch.from_numpy(np.packbits(passes.numpy(), bitorder="little"))
@@ -48,8 +51,10 @@ def _signs(maps: Tensor) -> Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8, device=maps.device)).sum(1, dtype=torch.uint8)
 
 
-def _pass(grad: Tensor, signs: Tensor) -> Tensor:
-    """Zeroes a gradient, in place, where the bits that :func:`_signs` gave are not set."""
+def _pass(grad: Tensor, signs: Tensor, across: bool, tile: int) -> Tensor:
+    """A gradient, zero where the bits that :func:`_signs` gave are not set; it is written over."""
+    if across:
+        return masked_across(grad, signs, tile)
     if grad.device.type == "cpu":
         bits = torch.from_numpy(np.unpackbits(signs.numpy(), count=grad.numel(), bitorder="little"))
     else:
@@ -79,7 +84,7 @@ def _activated(
     stride: list[int],
     dtype: torch.dtype,
     workspace: int,
-    codes: Tensor | None,
+    codes: Tensor,
     signs: Tensor | None,
 ) -> Callable[[int, int], Tensor]:
     """Gives the activated maps ``(n, Ho, Wo)`` of planes; writes where maxima and positive values stand, if asked to.
@@ -89,7 +94,8 @@ def _activated(
     weight, bias, mean, var = norm
     size, sizes = _output_size(shape[2:], kernel, stride), layout(shape)
     outputs = size[0] * size[1]
-    maps_of = _map_reader(*packed, sizes, True, dtype)
+    pooling = _Pooling(sizes, kernel, stride, packed[0].device)
+    maps_of = _map_reader(*packed, sizes, True, dtype, pooling.across)
     step = tiles_at_a_time(sizes, dtype, workspace)
     gain = shift = torch.empty(0)
     if mean is not None and var is not None:
@@ -106,19 +112,18 @@ def _activated(
             if mean is not None:
                 torch.addcmul(shift[start:stop], maps, gain[start:stop], out=maps)
             if not _plain(kernel, stride):
-                maps, code = _maxima(maps, kernel, stride)
-                if codes is not None:
-                    at = _code_bytes(start, outputs, kernel)  # tiles of planes hold whole bytes of codes
-                    codes[at : at + code.numel()] = code
+                pooled = pooling.empty(maps, stop - start, size)
+                pooling.pool(maps, pooled, codes, start)
+                maps = pooled
             if signs is not None:
-                sign = _signs(maps)
+                sign = _signs(maps, pooling.across, sizes.tile)
                 at = _sign_bytes(start, outputs)
                 signs[at : at + sign.numel()] = sign
             maps.clamp_min_(0)
             if (start, stop) == (first, last):
                 return maps
             if out is None:
-                out = maps.new_empty(last - first, *size)
+                out = pooling.empty(maps, last - first, size)
             out[start - first : stop - first] = maps
         assert out is not None
         return out
@@ -224,7 +229,7 @@ def _spatial_relu_again(
     sizes, device = layout(shape), values.device
     half = resolve_workspace(workspace, device) // 2  # the same chunks as before, and so the same to the bit
     packed, norm = (values, scales, bitmap, offsets), (weight, bias, mean, var)
-    planes = _activated(packed, norm, shape, eps, [1, 1], [1, 1], edge.dtype, half, None, None)
+    planes = _activated(packed, norm, shape, eps, [1, 1], [1, 1], edge.dtype, half, values.new_empty(0), None)
     transform = rows_of_maps(planes, sizes, edge.dtype, device)
     out_values = values.new_empty(edge.shape[0], *values.shape[1:])
     out_scales = torch.zeros_like(scales)
@@ -294,17 +299,15 @@ def _spatial_relu_backward(
     sizes, outputs = layout([*shape[:2], *size]), size[0] * size[1]
     packed = (grad.contiguous(), grad.new_empty(0), out_bitmap, out_offsets)
     # A tile of small maps serves several chunks of large ones: the last one read is kept.
-    grads_of = lru_cache(maxsize=1)(_map_reader(*packed, sizes, False, grad.dtype))
+    pooling, tile = _Pooling(layout(shape), kernel, stride, grad.device), layout(shape).tile
+    grads_of = lru_cache(maxsize=1)(_map_reader(*packed, sizes, False, grad.dtype, pooling.across))
 
     def planes(first: int, last: int) -> Tensor:
         t0 = first // sizes.tile
         grads = grads_of(t0, -(-last // sizes.tile))[first - t0 * sizes.tile : last - t0 * sizes.tile]
         # In place: no chunk of planes is asked for twice.
-        grads = _pass(grads, signs[_sign_bytes(first, outputs) : _sign_bytes(last, outputs)])
-        if _plain(kernel, stride):
-            return grads
-        code = codes[_code_bytes(first, outputs, kernel) : _code_bytes(last, outputs, kernel)]
-        return _spread(grads, code, shape[2:], kernel, stride)
+        grads = _pass(grads, signs[_sign_bytes(first, outputs) : _sign_bytes(last, outputs)], pooling.across, tile)
+        return grads if _plain(kernel, stride) else pooling.spread(grads, codes, first)
 
     half = resolve_workspace(workspace, grad.device) // 2
     grad_maps = gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, half)
