@@ -325,7 +325,8 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
             enter(layer.name)
             margin = (layer.kernel_size - 1) // 2 - layer.pad
             pool, kind = None, options.activation
-            if kind == "relu" and isinstance(following, Pool) and following.kind == "max":
+            active = layer.activation or layer.deferred
+            if active and kind == "relu" and isinstance(following, Pool) and following.kind == "max":
                 # Maximum and ReLU commute: both are taken of the same maps, or the smaller maps are rectified.
                 taken = isinstance(after, (Conv, Dense)) and not following.padding and margin <= 0
                 rectified = not isinstance(after, (Conv, Dense))
