@@ -219,7 +219,8 @@ class _Pooling:
         if self.across:
             return spread_across(grad, code, self._size, kernel, stride, _code_bits(kernel), self._tile, margin)
         inner = [n - 2 * margin for n in self._size]
-        return functional.pad(_spread(grad, code, inner, kernel, stride), (margin,) * 4)
+        maps = _spread(grad, code, inner, kernel, stride)
+        return functional.pad(maps, (margin,) * 4) if margin else maps
 
 
 # -- from packed maps: they are made, pooled and forgotten a chunk of planes at a time ------------------------------
