@@ -179,9 +179,11 @@ def gather_maps(
     parts[by.self_conjugate] *= 0.5
     pattern = row_pattern(bitmap, offsets, filled, t0, t1, index)
     places = part_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, by.places[filled], maps.shape[0])
-    target = torch.view_as_complex(out)
+    target, slots = torch.view_as_complex(out), pattern.slots
+    del pattern  # as large as the maps
     real, imaginary = (part.view(-1).index_select(0, places) for part in (parts, parts[by.band :]))
-    if isinstance(pattern.slots, slice):
-        torch.complex(real, imaginary, out=target[pattern.slots])
+    del parts, places
+    if isinstance(slots, slice):
+        torch.complex(real, imaginary, out=target[slots])
     else:
-        target.scatter_(0, pattern.slots, torch.complex(real, imaginary))
+        target.scatter_(0, slots, torch.complex(real, imaginary))
