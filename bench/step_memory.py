@@ -47,6 +47,8 @@ class Step:
         torch.manual_seed(0)
         options = {"num_classes": given.classes, "in_channels": given.channels, "image_size": given.image_size}
         options |= {"threshold": given.threshold, "width": given.width} | ROWS[row]
+        if options["variant"] == "spectral":
+            options["activation"] = given.activation
         self.net: nn.Module = models.build(given.model, **options).to(DEVICE)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.01, momentum=0.9)
         self.autocast = row.endswith("autocast")
@@ -80,7 +82,7 @@ class Step:
         known: set[int] = {p.nbytes for p in self.net.parameters()}
 
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            for packed in output if isinstance(output, list) else [output]:
+            for packed in [*inputs, *(output if isinstance(output, list) else [output])]:
                 if isinstance(packed, PackedSpectrum):
                     tensors: list[Tensor] = [packed.values, packed.scales, packed.bitmap, packed.offsets]
                     known.update(t.nbytes for t in tensors)
@@ -144,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--batch", type=int, default=by_size(cuda=128, cpu=128, quick=32))
     parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--activation", default="tanh", help="of the spectral networks, see models.build")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="which networks")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     given = parser.parse_args(arguments)

@@ -125,11 +125,13 @@ class PackedSize(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What a packed spectrum is made from again: the batch norm (and activation) of another with the same pattern.
+    """What a packed spectrum is made from again: the batch norm (and activation) of another.
 
     Attributes:
-        tensors: values and scales of the other; weight, bias, mean and variance of the norm; scale of the activation.
-        settings: kind of the activation, ``eps`` of the norm, workspace in bytes.
+        tensors: values and scales of the other; weight, bias, mean and variance of the norm; scale of the activation;
+            bitmap and offsets of the other, None where the pattern is the same.
+        settings: kind of the activation (``"relu"`` for that of the maps, in space), ``eps`` of the norm, workspace in
+            bytes.
     """
 
     tensors: tuple[Tensor | None, ...]

@@ -143,8 +143,8 @@ class Options:
         paper: keep to arXiv 1905.10915: one threshold throughout, plain tanh, no batch norm, values in the precision of
             the network. Of the settings below only ``workspace`` is looked at then.
         input_threshold: the threshold for the images themselves; few channels cost little, so all is kept by default.
-        activation: see :class:`spectriton.nn.SpecBlock`; or "relu" for :class:`spectriton.nn.SpatialReLU` behind each
-            block, where all frequencies meet; it takes more memory and time.
+        activation: see :class:`spectriton.nn.SpecBlock`. With "relu" all frequencies meet in each block; maximum
+            pooling behind it is taken in the same pass.
         activation_scale: initial value of the learnt scale of the activation, in units of the ortho spectrum; None for
             no scale.
         normed_activation_scale: the same behind a batch norm, which brings maps to unit deviation.
@@ -318,15 +318,29 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
             modules[f"{name}_to_spatial"] = snn.ToSpatial(options.workspace)
             packed = False
 
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+    cropped = 0
+    taken = rectified = False  # whether the pooling that comes next is part of its block, and ReLU follows it
+    for number, layer in enumerate(layers):
+        following, after = [*layers[number + 1 : number + 3], None, None][:2]
         if isinstance(layer, Conv):
             enter(layer.name)
-            modules |= _blocks(layer, options)
             margin = (layer.kernel_size - 1) // 2 - layer.pad
+            pool, kind = None, options.activation
+            active = layer.activation or layer.deferred
+            if active and kind == "relu" and isinstance(following, Pool) and following.kind == "max":
+                # Maximum and ReLU commute: both are taken of the same maps, or the smaller maps are rectified.
+                taken = isinstance(after, (Conv, Dense)) and not following.padding and margin <= 0
+                rectified = not isinstance(after, (Conv, Dense)) or (margin > 0 and not following.padding)
+                pool = following if taken else None
+                kind = "identity" if rectified else kind
+            modules[layer.name] = _block(layer, options, kind, pool)
             if margin > 0 and layer.stride == 1:
                 # Away from the edges a circular convolution is the same, so cropping gives the one with less padding.
-                leave(layer.name)
-                modules[f"{layer.name}_crop"] = Crop2d(margin)
+                if isinstance(following, Pool) and following.kind == "max" and not following.padding:
+                    cropped = margin  # by the pooling, of chunks of maps
+                else:
+                    leave(layer.name)
+                    modules[f"{layer.name}_crop"] = Crop2d(margin)
         elif isinstance(layer, Dense):
             enter(layer.name)
             modules[layer.name] = DensePacked(
@@ -334,10 +348,9 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
                     layer,
                     lambda branch: nn.Sequential(
                         OrderedDict(
-                            named
+                            (conv.name, _block(conv, options, options.activation))
                             for conv in branch
                             if isinstance(conv, Conv)
-                            for named in _blocks(conv, options).items()
                         )
                     ),
                 )
@@ -345,24 +358,30 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
         elif isinstance(layer, Residual):
             fix = "build the spatial variant, and let spectriton.compress reduce its memory"
             fail("models.build", "variant", "'spectral'", "'spatial' for a network with residual sums", fix)
+        elif isinstance(layer, Pool) and taken:
+            taken = False
         elif isinstance(layer, Pool):
             if layer.padding:
                 leave(layer.name)
                 fill = -inf if layer.kind == "max" else 0.0
                 modules[f"{layer.name}_pad"] = nn.ConstantPad2d(layer.padding, fill)
             if layer.kind == "max" or packed:
-                stays = packed and isinstance(following, (Conv, Dense))
+                stays = packed and isinstance(following, (Conv, Dense)) and not cropped
                 modules[layer.name] = snn.MaxPool2d(
                     layer.kernel_size,
                     layer.stride,
+                    margin=cropped,
                     **(options.rule() if stays else {}),
                     value_dtype=options.value_dtype,
                     workspace=options.workspace,
                 )
-                packed = stays
+                packed, cropped = stays, 0
             else:
                 modules[layer.name] = snn.AvgPool2d(layer.kernel_size, layer.stride)
                 packed = False
+            if rectified:
+                modules[f"{layer.name}_activation"] = nn.ReLU()
+                rectified = False
         elif isinstance(layer, GlobalAvgPool):
             enter(layer.name)
             modules[layer.name] = snn.GlobalMaxPool(options.workspace)
@@ -380,33 +399,27 @@ def _numbered(
     return OrderedDict((f"layer{number}", build(branch)) for number, branch in enumerate(layer.branches, 1))
 
 
-def _blocks(layer: Conv, options: Options) -> OrderedDict[str, nn.Module]:
-    """The packed block of a convolution, and what activates its maps where the block does not."""
+def _block(layer: Conv, options: Options, activation: str, pool: Pool | None = None) -> snn.SpecBlock:
+    """The packed block of a convolution; ``pool`` is the maximum pooling that it takes in."""
     active = layer.activation or layer.deferred
-    in_space = active and options.activation == "relu"
     normed = (layer.norm or layer.deferred) and not options.paper
     scale = options.normed_activation_scale if normed else options.activation_scale
-    by_block = active and not in_space
-    block = snn.SpecBlock(
+    return snn.SpecBlock(
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
-        activation=options.activation if by_block else "identity",
-        activation_scale=scale if by_block else None,
+        activation=activation if active else "identity",
+        activation_scale=scale if active and options.activation != "relu" else None,
         groups=layer.groups,
         bias=layer.bias,
         value_dtype=options.value_dtype,
         workspace=options.workspace,
         stride=layer.stride,
         norm=normed,
+        pool=None if pool is None else pool.kernel_size,
+        pool_stride=None if pool is None else pool.stride,
         **options.rule(),
     )
-    modules: OrderedDict[str, nn.Module] = OrderedDict({layer.name: block})
-    if in_space:
-        modules[f"{layer.name}_activation"] = snn.SpatialReLU(
-            **options.rule(), value_dtype=options.value_dtype, workspace=options.workspace
-        )
-    return modules
 
 
 def _add_head(modules: OrderedDict[str, nn.Module], layer: Flatten | Dropout | Linear) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from spectriton import ops
 from spectriton._check import fail
+from spectriton.nn.norm import SpectralBatchNorm2d
 from spectriton.nn.transform import PackingLayer
-from spectriton.packed import PackedSpectrum
+from spectriton.packed import PackedSize, PackedSpectrum
 
 
 class SpectralActivation(nn.Module):
@@ -38,7 +41,7 @@ class SpatialReLU(PackingLayer):
     """ReLU of the maps behind a packed spectrum, packed again; backward keeps one bit a value of the maps.
 
     Goes further than the paper: where an activation of coefficients works on each by itself, all frequencies of a map
-    meet here. Maps exist a chunk at a time.
+    meet here. Maps exist a chunk at a time. The maximum over windows may follow in the same pass.
 
     Args:
         threshold: coefficients of the ortho spectrum whose modulus is below it are dropped; 0.5 where no density is
@@ -46,18 +49,53 @@ class SpatialReLU(PackingLayer):
         density: instead of a threshold, the fraction of coefficients to keep.
         value_dtype: format of the kept values, by default that of the input.
         workspace: bound on temporaries in bytes.
+        kernel_size, stride: of the windows, as for :class:`MaxPool2d`; none by default.
 
     Attributes:
         last_density: fraction kept by the last forward pass, None before the first.
-        last_packed: sizes of what it gave.
+        last_packed: sizes of what it gave; None where that is not held for backward but made again, as behind a norm
+            without windows.
 
-    Shapes: packed ``(B, C, H, W)`` to the same.
+    Shapes: packed ``(B, C, H, W)`` to the same, or to the packed maxima.
     """
 
     _default_threshold = 0.5
 
-    def forward(self, packed: PackedSpectrum) -> PackedSpectrum:
-        return self._packed_by(ops.spatial_relu, packed)
+    def __init__(
+        self,
+        threshold: float | None = None,
+        density: float | None = None,
+        value_dtype: torch.dtype | str | None = None,
+        workspace: int | None = None,
+        *,
+        kernel_size: int | tuple[int, int] = 1,
+        stride: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(threshold, density, value_dtype, workspace)
+        kernel, steps = ops.check_window("SpatialReLU", kernel_size, stride)
+        self.kernel_size = (kernel[0], kernel[1])
+        self.stride = (steps[0], steps[1])
+        self._made_again = False
+
+    def forward(self, packed: PackedSpectrum, norm: SpectralBatchNorm2d | None = None) -> PackedSpectrum:
+        """Rectify; a ``norm`` given is applied first, in the same pass."""
+        settings: dict[str, Any] = {
+            name: getattr(self, name) for name in ("threshold", "density", "value_dtype", "kernel_size", "stride")
+        }
+        if norm is None:
+            out = ops.with_room(self._room, ops.spatial_relu, packed, workspace=self.workspace, **settings)
+        else:
+            out = ops.with_room(self._room, norm, packed, relu=settings)
+        self._made_again = out.origin is not None
+        return self._remember(out)
+
+    @property
+    def last_packed(self) -> PackedSize | None:
+        return None if self._made_again else self._last_size()
+
+    def extra_repr(self) -> str:
+        windows = "" if self.kernel_size == (1, 1) else f"kernel_size={self.kernel_size}, stride={self.stride}, "
+        return windows + super().extra_repr()
 
 
 def scale_parameter(

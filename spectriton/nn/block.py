@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spectriton import ops
-from spectriton.nn.activation import scale_parameter
+from spectriton._check import check_choice, fail
+from spectriton.nn.activation import SpatialReLU, scale_parameter
 from spectriton.nn.conv import conv_padding_mode, conv_parameters, describe_taps
 from spectriton.nn.norm import SpectralBatchNorm2d, computed_again
 from spectriton.nn.transform import PackedOutput, describe_rule
-from spectriton.packed import PackedSpectrum
+from spectriton.packed import PackedSize, PackedSpectrum
 
 
 class SpecBlock(PackedOutput):
@@ -26,23 +28,26 @@ class SpecBlock(PackedOutput):
         threshold: coefficients of the convolution's ortho spectrum whose modulus is below it are dropped; 0.5 where
             no density is given.
         density: instead of a threshold, the fraction of coefficients to keep; costs a second pass of the mixing.
-        activation: tanh (the paper's), softsign, asinh, atan or identity.
+        activation: tanh (the paper's), softsign, asinh, atan or identity; or relu, taken in space as
+            :class:`SpatialReLU` takes it, by the same thresholding rule, as ``.relu``.
         activation_scale: None for the plain ``h(x)``; a number for ``s h(x / s)`` with ``s`` learnt per channel from
             this value on (in units of the ortho spectrum).
         norm: an exact batch norm (:class:`SpectralBatchNorm2d`) between convolution and activation, as ``.norm``. The
             threshold is meant for its output then; its statistics are those of the kept coefficients. Backward keeps
             the convolution; what comes of it is made again for the block behind.
+        pool, pool_stride: windows whose maximum follows the relu in the same pass, as of :class:`MaxPool2d`.
         stride: as for ``nn.Conv2d``; height and width must be multiples of it.
         dilation: as for ``nn.Conv2d``.
         value_dtype: format of the kept values, by default that of the input.
         workspace: bound on temporaries in bytes.
 
     Attributes:
-        last_density: fraction kept by the last forward pass, None before the first.
-        last_packed: its size, a :class:`spectriton.packed.PackedSize`; None likewise.
+        last_density: fraction of the convolution kept by the last forward pass, None before the first.
+        last_packed: its size, a :class:`spectriton.packed.PackedSize`; None likewise, and where backward does not keep
+            it: before a relu without norm.
 
     Shapes: packed ``(B, I, H, W)``, or several whose channels add up to ``I``, to packed
-    ``(B, O, H / stride, W / stride)``.
+    ``(B, O, H / stride, W / stride)``, or the maxima of that.
     """
 
     weight: Tensor
@@ -60,6 +65,8 @@ class SpecBlock(PackedOutput):
         density: float | None = None,
         activation_scale: float | None = None,
         norm: bool = False,
+        pool: int | tuple[int, int] | None = None,
+        pool_stride: int | tuple[int, int] | None = None,
         stride: int | tuple[int, int] = 1,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
@@ -71,7 +78,7 @@ class SpecBlock(PackedOutput):
     ) -> None:
         super().__init__()
         self.threshold, self.density = ops.thresholding_rule("SpecBlock", threshold, density, default=0.5)
-        self.activation = ops.check_activation("SpecBlock", activation)
+        self.activation = check_choice("SpecBlock", "activation", activation, (*ops.ACTIVATIONS, "relu"))
         self.stride = ops.check_stride("SpecBlock", stride)
         self.dilation = ops.check_stride("SpecBlock", dilation, "dilation")
         self.groups = groups
@@ -81,6 +88,14 @@ class SpecBlock(PackedOutput):
         scale = None if activation_scale is None else scale_parameter(out_channels, activation_scale, device, dtype)
         self.register_parameter("activation_scale", scale)
         self.norm = SpectralBatchNorm2d(out_channels, device=device, dtype=dtype, workspace=workspace) if norm else None
+        self.relu: SpatialReLU | None = None
+        if activation == "relu":
+            if activation_scale is not None:
+                fail("SpecBlock", "activation_scale", activation_scale, "none for relu", "leave activation_scale out")
+            windows: dict[str, Any] = {} if pool is None else {"kernel_size": pool, "stride": pool_stride}
+            self.relu = SpatialReLU(self.threshold, density, value_dtype, workspace, **windows)
+        elif pool is not None:
+            fail("SpecBlock", "pool", pool, "none without relu", "put a MaxPool2d behind the block")
         self._var: Tensor | None = None  # the running variance that the last threshold was taken from
 
     @classmethod
@@ -134,16 +149,24 @@ class SpecBlock(PackedOutput):
             dilation=self.dilation,
             threshold=self.threshold,
             density=self.density,
-            activation=self.activation if self.norm is None else "identity",
+            activation="identity" if self.norm is not None or self.relu is not None else self.activation,
             activation_scale=self.activation_scale if self.norm is None else None,
             threshold_scale=self._threshold_scale(),
             groups=self.groups,
             value_dtype=self.value_dtype,
             workspace=self.workspace,
         )
+        self._remember(out)
+        if self.relu is not None:
+            return self.relu(out, self.norm)
         if self.norm is not None:
             out = self.norm(out, activation=self.activation, activation_scale=self.activation_scale)
-        return self._remember(out)
+        return out
+
+    @property
+    def last_packed(self) -> PackedSize | None:
+        # A ReLU without a norm keeps nothing of the convolution's output for backward.
+        return None if self.relu is not None and self.norm is None else self._last_size()
 
     def _threshold_scale(self) -> Tensor | None:
         """The threshold is meant for what comes out of the batch norm: back to what goes in.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,11 +52,16 @@ class SpectralBatchNorm2d(nn.BatchNorm2d):
         size: tuple[int, int] | None = None,
         activation: str = "identity",
         activation_scale: Tensor | None = None,
+        relu: dict[str, Any] | None = None,
     ) -> PackedSpectrum | Tensor:
         """Normalise; ``size`` is ``(H, W)`` of the maps behind half spectra, by default ``(H, 2 (Wh - 1))``.
 
-        An activation may follow in the same pass, see :func:`spectriton.ops.spectral_activation`.
+        An activation may follow in the same pass, see :func:`spectriton.ops.spectral_activation`; or ReLU in space, by
+        the keywords of :func:`spectriton.ops.spatial_relu`.
         """
+        options = {"activation": activation, "activation_scale": activation_scale, "size": size}
+        if relu is not None:
+            options = relu
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         update = self.training and self.track_running_stats and not computed_again()
         if update and self.num_batches_tracked is not None:
@@ -61,7 +69,8 @@ class SpectralBatchNorm2d(nn.BatchNorm2d):
             if self.momentum is None:  # the mean over all batches so far; on its device, so nothing waits for it
                 momentum = self.num_batches_tracked.double().reciprocal()
         tracked = update or not self.training
-        out, mean, var = ops.spectral_batch_norm(
+        op: Callable[..., Any] = ops.spectral_batch_norm if relu is None else ops.batch_norm_relu
+        out, mean, var = op(
             input,
             self.weight,
             self.bias,
@@ -70,12 +79,11 @@ class SpectralBatchNorm2d(nn.BatchNorm2d):
             self.training or self.running_mean is None,
             momentum,
             self.eps,
-            activation=activation,
-            activation_scale=activation_scale,
-            size=size,
             workspace=self.workspace,
+            **options,
         )
         for buffer, new in ((self.running_mean, mean), (self.running_var, var)):
             if update and buffer is not None and new is not None:
                 buffer.copy_(new)
-        return out
+        maps: PackedSpectrum | Tensor = out
+        return maps

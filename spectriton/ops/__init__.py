@@ -14,7 +14,8 @@ from spectriton.ops.complex_product import complex_product
 from spectriton.ops.global_pool import global_avg_pool
 from spectriton.ops.kernel_spectrum import kernel_spectrum
 from spectriton.ops.pack import pack, to_spatial, to_spectral, unpack
-from spectriton.ops.pool2d import avg_pool2d, max_pool2d, spatial_relu
+from spectriton.ops.pool2d import avg_pool2d, max_pool2d
+from spectriton.ops.spatial_relu import batch_norm_relu, spatial_relu
 from spectriton.ops.spec_block import spec_block
 from spectriton.ops.spectral_activation import spectral_activation
 from spectriton.ops.spectral_batch_norm import spectral_batch_norm
@@ -27,6 +28,7 @@ __all__ = [
     "PackingOverflow",
     "Room",
     "avg_pool2d",
+    "batch_norm_relu",
     "channel_mix",
     "check_activation",
     "check_output_size",

@@ -1,4 +1,4 @@
-"""Whole rows of packed spectra whose pattern is known: what they take of the workspace, and how they are stored."""
+"""Rows of packed spectra whose pattern is known: what they take of the workspace, and how they are stored."""
 
 from __future__ import annotations
 
@@ -42,17 +42,18 @@ def store_rows(
     y: Tensor,
     bitmap: Tensor,
     offsets: Tensor,
-    rows: Tensor,
+    rows: slice | Tensor,
     values: Tensor,
     scales: Tensor,
     pattern: RowPattern | None = None,
+    t0: int = 0,
 ) -> None:
-    """Applies a pattern to whole rows ``y`` ``(Fc, P, 2)`` and rounds to the format of ``values``.
+    """Applies a pattern to ``y`` ``(Fc, Tc * tile, 2)``, tiles from ``t0`` on, and rounds to the format of ``values``.
 
     Integer values are left to the reference.
     """
     primitives = backend(y.device)
     if primitives.name == "reference" or scales.numel():
-        reference.store_rows(y, bitmap, offsets, rows, values, scales, pattern)
+        reference.store_rows(y, bitmap, offsets, rows, values, scales, pattern, t0)
     else:
-        primitives.gather_rows(y, bitmap, offsets, rows, 0, values, pattern)
+        primitives.gather_rows(y, bitmap, offsets, rows, t0, values, pattern)

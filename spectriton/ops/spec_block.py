@@ -38,9 +38,10 @@ from spectriton.ops._planes import (
     resolve_workspace,
     row_chunks,
 )
+from spectriton.ops.spatial_relu import remake_relu
 from spectriton.ops.spectral_batch_norm import remake
 from spectriton.packed import Layout, PackedSpectrum, layout, most_kept, value_dtype_name
-from spectriton.reference import RowPattern, TileIndex
+from spectriton.reference import RowPattern, TileIndex, filled_rows
 
 
 class _Settings(NamedTuple):
@@ -239,8 +240,7 @@ def _channels(buffer: Tensor, sizes: Layout) -> Tensor:
 def _filled_rows(bitmap: Tensor, index: TileIndex | None) -> int:
     """How many frequencies come before the tail at which nothing is kept."""
     if index is not None:
-        filled = np.flatnonzero(index.counts.any(1))
-        return int(filled[-1]) + 1 if filled.size else 0
+        return filled_rows(index)
     counts = counts_of(bitmap)
     if counts is not None:
         return counts.rows
@@ -270,7 +270,7 @@ def _mixed(walk: _Walk, bias: Tensor | None, rows: int) -> Iterator[tuple[slice,
 
 
 #: Tensors of the origin of a packed spectrum, see :class:`spectriton.packed.Origin`.
-_ORIGIN = 7
+_ORIGIN = 9
 _INPUTS = "Tensor[] edges, Tensor[] values, Tensor[] scales, Tensor[] bitmaps, Tensor[] offsets"
 _CONVOLUTION = (
     "SymInt[] shape, SymInt[] channels, SymInt[] stride, SymInt[] dilation, int groups, str kind, int workspace"
@@ -309,7 +309,8 @@ def _spec_block(
     """``shape`` is ``[B, H, W]`` of the inputs, ``channels`` those of each.
 
     Origins, :data:`_ORIGIN` tensors for each input, are for backward: they take the place of the values of an input
-    whose kind is not empty. Empty ones stand for those that are not there: a list of tensors may not hold None.
+    whose kind is not empty. Empty ones stand for those that are not there: a list of tensors may not hold None. Where
+    no input has an origin the list is empty.
     """
     dtype = edges[0].dtype
     settings = _Settings(shape, channels, stride, (dilation[0], dilation[1]), groups, workspace)
@@ -468,7 +469,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
     _, values, scales, bitmaps, offsets, weight, bias, activation_scale = inputs[:8]
     ctx.convolution = inputs[8:15]
     *_, origins, ctx.origin_kinds, ctx.origin_eps = inputs
-    ctx.sources, ctx.bias_dtype = len(values), None if bias is None else bias.dtype
+    ctx.kept, ctx.bias_dtype = [v.shape[0] for v in values], None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1], output[2])  # gradients travel along the edge
     ctx.set_materialize_grads(False)  # no zeros of the size of the values
     # The output is the next block's input: both save the same tensors, so one packed copy a block is held. Where a
@@ -476,22 +477,33 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
     made = [kind != "" for kind in ctx.origin_kinds]
     kept = ([None if again else t for t, again in zip(field, made, strict=True)] for field in (values, scales))
     fields = [*kept, bitmaps, offsets]
-    ctx.save_for_backward(*(t for field in fields for t in field), *output[1:], weight, activation_scale, *origins)
+    # Without an activation backward looks at the pattern of the output only.
+    made_values = (None, None) if inputs[13] == "identity" else output[1:3]
+    out_packed = (*made_values, *output[3:])
+    ctx.save_for_backward(*(t for field in fields for t in field), *out_packed, weight, activation_scale, *origins)
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 22
-    saved, n = ctx.saved_tensors, ctx.sources
+    saved, n = ctx.saved_tensors, len(ctx.kept)
     values, scales, bitmaps, offsets = (list(saved[first : first + n]) for first in range(0, 4 * n, n))
-    *out_packed, weight, activation_scale = saved[4 * n : 4 * n + 6]
+    out_values, out_scales, *out_pattern, weight, activation_scale = saved[4 * n : 4 * n + 6]
+    # The gradient stands for values that nobody reads: there are as many.
+    out_packed = (
+        (grad, grad.new_empty(0), *out_pattern) if out_values is None else (out_values, out_scales, *out_pattern)
+    )
     origins = saved[4 * n + 6 :]
     (batch, *size), channels, workspace = ctx.convolution[0], ctx.convolution[1], ctx.convolution[-1]
     for i, (kind, eps) in enumerate(zip(ctx.origin_kinds, ctx.origin_eps, strict=True)):
         if kind:
             tensors, shape = origins[_ORIGIN * i : _ORIGIN * (i + 1)], [batch, channels[i], *size]
             settings = (kind, eps, workspace)
-            values[i], scales[i] = remake(tensors, bitmaps[i], offsets[i], settings, shape, grad.dtype)
+            pattern = (bitmaps[i], offsets[i])
+            if kind == "relu":
+                values[i], scales[i] = remake_relu(tensors, *pattern, settings, shape, ctx.kept[i], grad.dtype)
+            else:
+                values[i], scales[i] = remake(tensors, *pattern, settings, shape, grad.dtype)
     need = ctx.needs_input_grad[0]
     need_inputs = list(need) if isinstance(need, (list, tuple)) else [bool(need)] * n
     grad_inputs, grad_weight, grad_bias, grad_scale = _spec_block_backward(
@@ -585,6 +597,7 @@ def spec_block(
         fail(op, "threshold_scale", threshold_scale, "none together with a density", "pass a threshold, or no scale")
     name = first.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, first.edge.dtype)
     origins, none = [p.origin for p in inputs], first.values.new_empty(0)
+    remade = any(origin is not None for origin in origins)
     fields = _spec_block(
         *([getattr(p, field) for p in inputs] for field in ("edge", "values", "scales", "bitmap", "offsets")),
         weight,
@@ -601,7 +614,7 @@ def spec_block(
         fraction,
         name,
         threshold_scale,
-        [none if t is None else t for o in origins for t in ((None,) * _ORIGIN if o is None else o.tensors)],
+        [none if t is None else t for o in origins if remade for t in ((None,) * _ORIGIN if o is None else o.tensors)],
         ["" if origin is None else origin.settings[0] for origin in origins],
         [0.0 if origin is None else origin.settings[1] for origin in origins],
     )

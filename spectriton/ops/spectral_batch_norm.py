@@ -5,8 +5,8 @@ rest of its ortho spectrum over ``H W``. So the statistics of ``nn.BatchNorm2d``
 affine map is a factor per channel and a shift of the zero frequency. A packed spectrum keeps its pattern.
 
 Forward and backward walk over chunks of frequencies that fit a bounded workspace, twice each: once for the sums over
-the batch, once to apply them. Frequencies at which nothing is kept are skipped. An activation may follow in the same
-walk.
+the batch, once to apply them. Frequencies at which nothing is kept are skipped, and the reference looks at nothing but
+what is kept. An activation may follow in the same walk.
 
 Backward starts from the input, and so do the ops that read the output: they keep its :class:`Origin`, the arguments by
 which it is made again, rather than its values. Between a convolution and the next one copy of the maps is held.
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -33,60 +34,169 @@ from spectriton.ops.spectral_activation import spectral_activation
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge
 from spectriton.reference import RowPattern
 from spectriton.reference.spectral_activation import activate, activate_backward_input
+from spectriton.reference.unpack import read_values, take_values
 
 
-def _numbers(chunk: Tensor) -> Tensor:
-    """Pairs ``(Fc, P, 2)`` as ``(Fc, 2 P)``, a view."""
-    return chunk.view(chunk.shape[0], -1)
+class _Chunk:
+    """Some of the frequencies kept, dense: numbers are ``(Fc, P, 2)``, zero where nothing is kept."""
+
+    def __init__(self, walk: _Walk, rows: Tensor, first: bool) -> None:
+        self._walk, self.rows, self.first = walk, rows, first
+
+    def read(self, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The numbers of a packed spectrum of this pattern, and what is left to multiply each tile by, ``(Fc, T)``."""
+        walk = self._walk
+        out = torch.empty(self.rows.numel(), walk.sizes.padded_row, 2, dtype=walk.dtype, device=values.device)
+        packed = (values, scales, walk.bitmap, walk.offsets, self.rows, 0, walk.sizes.tiles)
+        return walk.primitives.unpack_rows(*packed, out), None
+
+    def read_gradient(self, grad: Tensor) -> Tensor:
+        """The numbers of a gradient, which are not to be changed."""
+        return self.read(grad, grad.new_empty(0))[0]
+
+    def spread(self, table: Tensor) -> Tensor:
+        """``table`` ``(Fc, P)``, or ``(1, P)``, to broadcast against numbers."""
+        return table[..., None]
+
+    def by_place(self, numbers: Tensor) -> Tensor:
+        """``(Fc, P)``: both parts added up, zero where nothing is kept."""
+        return numbers[..., 0] + numbers[..., 1]  # several times as fast as a sum over two
+
+    def sums(self, numbers: Tensor, tile: Tensor | None, weight: Tensor) -> Tensor:
+        """Sums ``(P,)`` over the frequencies, times ``weight`` ``(Fc,)`` and ``tile`` ``(Fc, T)``, if it is there."""
+        places = self.by_place(numbers)
+        if tile is None:
+            return torch.mv(places.T, weight)
+        factor = tile * weight[:, None]
+        return torch.einsum("ft,ftp->tp", factor, places.unflatten(1, (factor.shape[1], -1))).flatten()
+
+    def zero_frequency(self, numbers: Tensor) -> Tensor:
+        """Real parts ``(B, C)`` of the zero frequency, a view; of the first chunk only."""
+        sizes = self._walk.sizes
+        return numbers[0, : sizes.row, 0].unflatten(0, (sizes.batch, sizes.channels))
+
+    def store(self, numbers: Tensor, values: Tensor, scales: Tensor) -> None:
+        """Rounds to the format of ``values``."""
+        store_rows(numbers, self._walk.bitmap, self._walk.offsets, self.rows, values, scales)
+
+    def put(self, numbers: Tensor, grad: Tensor) -> None:
+        """Writes to a gradient."""
+        walk = self._walk
+        walk.primitives.gather_rows(numbers, walk.bitmap, walk.offsets, self.rows, 0, grad)
+
+
+class _KeptChunk(_Chunk):
+    """By the reference: only what is kept, numbers are ``(n, 2)``."""
+
+    def __init__(self, walk: _Walk, rows: Tensor, first: bool) -> None:
+        super().__init__(walk, rows, first)
+        self._pattern = walk.pattern(rows)
+
+    def read(self, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
+        tile = scales[self.rows].to(self._walk.dtype) if scales.numel() else None
+        if values.dtype == torch.int8:  # one factor a tile, which is cheaper in a table than one a number
+            return take_values(values, self._pattern.slots).to(self._walk.dtype), tile
+        numbers = read_values(values, scales, self._pattern, scales if tile is None else tile, self._walk.dtype)
+        return numbers.clone() if values.dtype == numbers.dtype else numbers, None
+
+    def read_gradient(self, grad: Tensor) -> Tensor:
+        return take_values(grad, self._pattern.slots)
+
+    def spread(self, table: Tensor) -> Tensor:
+        whole = table.expand(self.rows.numel(), -1).reshape(-1)
+        return whole.index_select(0, self._pattern.positions)[:, None]
+
+    def by_place(self, numbers: Tensor) -> Tensor:
+        out = numbers.new_zeros(self.rows.numel(), self._walk.sizes.padded_row)
+        out.view(-1).scatter_(0, self._pattern.positions, super().by_place(numbers))
+        return out
+
+    def zero_frequency(self, numbers: Tensor) -> Tensor:
+        sizes = self._walk.sizes  # of which everything is kept
+        return numbers[: sizes.row, 0].unflatten(0, (sizes.batch, sizes.channels))
+
+    def store(self, numbers: Tensor, values: Tensor, scales: Tensor) -> None:
+        if scales.numel():
+            numbers, scales[self.rows] = reference.quantise(numbers, self._pattern.counts, values.dtype)
+        values[self._pattern.slots] = numbers.to(values.dtype)
+
+    def put(self, numbers: Tensor, grad: Tensor) -> None:
+        grad[self._pattern.slots] = numbers
 
 
 class _Walk:
-    """Chunks of the frequencies kept, and the dense buffers they are read into.
+    """The frequencies at which something is kept, in chunks that fit the workspace; the zero frequency comes first.
 
-    The first chunk begins with the zero frequency.
+    Args:
+        bitmap, offsets: the pattern.
+        shape: ``[B, C, H, W]``.
+        dtype: real precision of the numbers.
+        kept: coefficients kept.
+        arrays: how many arrays of the numbers of a chunk there are at a time.
+        workspace: in bytes, 0 for the default.
     """
 
     def __init__(
-        self, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype, kept: int, buffers: int,
-        temporaries: int, workspace: int,
+        self, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype, kept: int, arrays: int,
+        workspace: int,
     ) -> None:  # fmt: skip
         self.bitmap, self.offsets, self.dtype = bitmap, offsets, dtype
         self.sizes = sizes = layout(shape)
         self.primitives = backend(bitmap.device)
         self.weight = frequency_grid(sizes.height, sizes.width, bitmap.device).weight.to(dtype)
-        rows = rows_to_visit(bitmap)
-        bytes_per_row = max(1, row_bytes(sizes, dtype, kept, buffers + temporaries))
-        at_once = max(1, resolve_workspace(workspace, bitmap.device) // bytes_per_row)
-        self.parts = rows.split(at_once) if rows.numel() else ()
-        longest = self.parts[0].numel() if self.parts else 0
-        self.buffers = torch.empty(buffers, longest, sizes.padded_row, 2, dtype=dtype, device=bitmap.device)
+        self.index = self.primitives.tile_index(bitmap, offsets)
+        self._chunk: type[_Chunk] = _Chunk if self.index is None else _KeptChunk
+        if self.index is None:
+            rows = rows_to_visit(bitmap)
+            per_row = row_bytes(sizes, dtype, kept, arrays)
+        else:
+            rows = torch.from_numpy(np.flatnonzero(self.index.counts.any(1))).to(bitmap.device)
+            # Mask and tables are dense; beside the numbers stand their places.
+            share = kept / max(1, rows.numel() * sizes.padded_row)
+            per_row = int(sizes.padded_row * (1 + 2 * dtype.itemsize + share * (16 + 2 * arrays * dtype.itemsize)))
+        at_once = max(1, resolve_workspace(workspace, bitmap.device) // max(1, per_row))
+        self._parts: Sequence[Tensor] = rows.split(at_once) if rows.numel() else ()
+        self._pattern: RowPattern | None = None
 
-    def __iter__(self) -> Iterator[tuple[bool, Tensor, RowPattern | None]]:
-        """Yields (whether it begins with the zero frequency, its rows, their pattern) of each chunk."""
-        for number, rows in enumerate(self.parts):
-            yield number == 0, rows, self.primitives.row_pattern(self.bitmap, self.offsets, rows, 0, self.sizes.tiles)
+    def __iter__(self) -> Iterator[_Chunk]:
+        """Chunks; whoever takes one lets go of it, and of what was read from it, before the next is made."""
+        for number, rows in enumerate(self._parts):
+            yield self.chunk(rows, number == 0)
 
-    def read(self, values: Tensor, scales: Tensor, rows: Tensor, pattern: RowPattern | None, buffer: int = 0) -> Tensor:
-        """The chunk as pairs ``(Fc, P, 2)``, zero where nothing is kept."""
-        out = self.buffers[buffer, : rows.numel()]
-        return self.primitives.unpack_rows(
-            values, scales, self.bitmap, self.offsets, rows, 0, self.sizes.tiles, out, pattern
-        )
+    def chunk(self, rows: Tensor, first: bool) -> _Chunk:
+        """That of frequencies of which the first is the zero frequency, or is not."""
+        return self._chunk(self, rows, first)
 
-    def zero_frequency(self, chunk: Tensor) -> Tensor:
-        """Real parts ``(B, C)`` of the zero frequency of the first chunk, a view."""
-        return chunk[0, : self.sizes.row, 0].unflatten(0, (self.sizes.batch, self.sizes.channels))
+    def pattern(self, rows: Tensor) -> RowPattern:
+        """That of a chunk, by the reference; a single one serves the next walk, too."""
+        if self._pattern is not None and rows is self._parts[0]:
+            return self._pattern
+        pattern = reference.row_pattern(self.bitmap, self.offsets, rows, 0, self.sizes.tiles, self.index)
+        if len(self._parts) == 1 and rows is self._parts[0]:
+            self._pattern = pattern
+        return pattern
 
-    def per_number(self, per_channel: Tensor) -> Tensor:
-        """``(C,)`` to the numbers ``(2 P,)`` of a row."""
+    def zero_frequency(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Real parts ``(B, C)`` of the zero frequency, float64."""
+        chunk = self.chunk(self._parts[0][:1], True)
+        numbers, tile = chunk.read(values, scales)
+        if tile is not None:
+            numbers = numbers * chunk.spread(self.tiles_to_places(tile))
+        return chunk.zero_frequency(numbers).double()
+
+    def tiles_to_places(self, tile: Tensor) -> Tensor:
+        """``(Fc, T)`` to ``(Fc, P)``."""
+        return tile.repeat_interleave(self.sizes.tile, 1)
+
+    def per_place(self, per_channel: Tensor) -> Tensor:
+        """``(C,)`` to the places ``(1, P)`` of a row."""
         row = per_channel.to(self.dtype).repeat(self.sizes.batch)
-        padded = functional.pad(row, (0, self.sizes.padded_row - self.sizes.row))
-        return padded.unsqueeze(1).expand(-1, 2).flatten()
+        return functional.pad(row, (0, self.sizes.padded_row - self.sizes.row))[None]
 
-    def per_channel(self, numbers: Tensor) -> Tensor:
-        """Sums ``(C,)`` in float64 over the numbers ``(2 P,)`` of a row."""
-        by_channel = numbers[: 2 * self.sizes.row].view(self.sizes.batch, self.sizes.channels, 2)
-        return by_channel.sum((0, 2), dtype=torch.float64)
+    def per_channel(self, row: Tensor) -> Tensor:
+        """Sums ``(C,)`` in float64 over the places ``(P,)`` of a row."""
+        by_channel = row[: self.sizes.row].view(self.sizes.batch, self.sizes.channels)
+        return by_channel.sum(0, dtype=torch.float64)
 
     @property
     def root(self) -> float:
@@ -99,19 +209,33 @@ class _Walk:
         return max(1, self.sizes.batch * self.sizes.height * self.sizes.width)
 
 
-def _statistics(walk: _Walk, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``(C,)`` of the maps, float64."""
+@define_op(f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, int workspace) -> (Tensor, Tensor)")
+def _map_statistics(
+    edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``(C,)`` of the maps."""
+    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 2, workspace)
     zero_mean = values.new_zeros(walk.sizes.channels, dtype=torch.float64)
     power = torch.zeros_like(zero_mean)
-    for first, rows, pattern in walk:
-        y = walk.read(values, scales, rows, pattern)
-        if first:
+    for chunk in walk:
+        weight = walk.weight[chunk.rows]
+        if chunk.first:
             # The zero frequency enters by its deviation from the mean of the batch: no small difference of large sums.
-            zero = walk.zero_frequency(y)
-            zero_mean = zero.mean(0, dtype=torch.float64)
-            zero -= zero_mean
-        power += walk.per_channel(torch.mv(_numbers(y.square_()).T, walk.weight[rows]))
-    return zero_mean / walk.root, power / walk.count
+            zero = walk.zero_frequency(values, scales)
+            zero_mean = zero.mean(0)
+            power += (zero - zero_mean).square_().sum(0)
+            weight[0] = 0
+        numbers, tile = chunk.read(values, scales)
+        power += walk.per_channel(chunk.sums(numbers.square_(), None if tile is None else tile.square(), weight))
+        del numbers, chunk
+    return (zero_mean / walk.root).to(edge.dtype), (power / walk.count).to(edge.dtype)
+
+
+@_map_statistics.register_fake
+def _(
+    edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
+) -> tuple[Tensor, Tensor]:
+    return edge.new_empty(shape[1]), edge.new_empty(shape[1])
 
 
 class _Affine:
@@ -122,33 +246,33 @@ class _Affine:
     ) -> None:
         self._walk = walk
         self._mean = mean.double() * walk.root
-        self._factor = walk.per_number(_factor(weight, var, eps))
-        self._bias = None if bias is None else bias.to(walk.dtype) * walk.root
+        self._factor = norm_factor(weight, var, eps)
+        self._bias = 0 if bias is None else bias.double() * walk.root
+        self._row = walk.per_place(self._factor)
 
-    def centre(self, chunk: Tensor, first: bool) -> None:
-        """Takes the mean off, in place."""
-        if first:
-            self._walk.zero_frequency(chunk).sub_(self._mean)
+    def centred(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Real parts ``(B, C)`` of the zero frequency less the mean, float64."""
+        return self._walk.zero_frequency(values, scales) - self._mean
 
-    def __call__(self, centred: Tensor, first: bool, out: Tensor | None = None) -> Tensor:
-        """The rest of the map, of a centred chunk ``(Fc, P, 2)``."""
-        out = torch.empty_like(centred) if out is None else out
-        torch.mul(_numbers(centred), self._factor, out=_numbers(out))
-        if first and self._bias is not None:
-            self._walk.zero_frequency(out).add_(self._bias)
+    def __call__(self, chunk: _Chunk, numbers: Tensor, tile: Tensor | None, centred: Tensor | None) -> Tensor:
+        """The map of numbers as they were read; ``centred`` is the zero frequency, for the first chunk."""
+        row = self._row if tile is None else self._row * self._walk.tiles_to_places(tile)
+        out = numbers * chunk.spread(row)
+        if centred is not None:
+            chunk.zero_frequency(out).copy_(centred * self._factor + self._bias)
         return out
 
 
-def _factor(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
+def norm_factor(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
     """``gamma / sigma`` ``(C,)``, float64."""
     inverse = (var.double() + eps).rsqrt()
     return inverse if weight is None else inverse * weight
 
 
 @define_op(
-    f"(Tensor edge, {PACKED_FIELDS}, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
-    "Tensor? activation_scale, str kind, SymInt[] shape, float eps, int workspace) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor edge, {PACKED_FIELDS}, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor? activation_scale, str kind, SymInt[] shape, bool batch_statistics, float eps, int workspace) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 def _spectral_batch_norm(
     edge: Tensor,
@@ -158,34 +282,30 @@ def _spectral_batch_norm(
     offsets: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
     activation_scale: Tensor | None,
     kind: str,
     shape: list[int],
+    batch_statistics: bool,
     eps: float,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Edge, values and scales of the result, which has the input's pattern; then mean and biased variance ``(C,)``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Edge, values and scales of the result, which has the input's pattern.
 
-    Where ``mean`` and ``var`` are given, they are taken; else those of the batch. Given those that were returned, the
-    result is the same to the bit.
+    ``batch_statistics`` says for backward that mean and variance ``(C,)`` are those of the input.
     """
-    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 1, 0 if kind == "identity" else 2, workspace)
-    if mean is None or var is None:
-        mean, var = _statistics(walk, values, scales)
-    mean, var = mean.to(edge.dtype, copy=True), var.to(edge.dtype, copy=True)
+    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 3 if kind == "identity" else 6, workspace)
     affine = _Affine(walk, weight, bias, mean, var, eps)
-    scale = None if activation_scale is None else walk.per_number(activation_scale)
+    scale = None if activation_scale is None else walk.per_place(activation_scale)
     out_values, out_scales = torch.empty_like(values), torch.zeros_like(scales)
-    for first, rows, pattern in walk:
-        y = walk.read(values, scales, rows, pattern)
-        affine.centre(y, first)
-        affine(y, first, out=y)
+    for chunk in walk:
+        y = affine(chunk, *chunk.read(values, scales), affine.centred(values, scales) if chunk.first else None)
         if kind != "identity":
-            y = activate(_numbers(y), kind, scale).view_as(y)
-        store_rows(y, bitmap, offsets, rows, out_values, out_scales, pattern)
-    return make_edge(values.shape[0], edge.dtype, edge.device), out_values, out_scales, mean, var
+            y = activate(y, kind, None if scale is None else chunk.spread(scale))
+        chunk.store(y, out_values, out_scales)
+        del y, chunk
+    return make_edge(values.shape[0], edge.dtype, edge.device), out_values, out_scales
 
 
 @_spectral_batch_norm.register_fake
@@ -197,17 +317,93 @@ def _(
     offsets: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
     activation_scale: Tensor | None,
     kind: str,
     shape: list[int],
+    batch_statistics: bool,
     eps: float,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out_edge = make_edge(values.shape[0], edge.dtype, edge.device)
-    mean, var = edge.new_empty(shape[1]), edge.new_empty(shape[1])
-    return out_edge, torch.empty_like(values), torch.empty_like(scales), mean, var
+) -> tuple[Tensor, Tensor, Tensor]:
+    return make_edge(values.shape[0], edge.dtype, edge.device), torch.empty_like(values), torch.empty_like(scales)
+
+
+def norm_gradients(
+    grad: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    activation_scale: Tensor | None,
+    kind: str,
+    shape: list[int],
+    batch_statistics: bool,
+    eps: float,
+    workspace: int,
+    need_input: bool,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for the packed input (in its own pattern), weight, bias and scale of the activation.
+
+    With ``x`` the input less its mean, ``g`` the gradient before the activation, ``a = gamma / sigma``, ``n = B H W``
+    and ``w`` how many coefficients of the full spectrum a stored one stands for, the gradient of a coefficient is
+    ``a g - a w x sum(<g, x>) / (n sigma^2)``, less the mean of ``a g`` over the batch at the zero frequency. The last
+    two terms are those of the batch's statistics. To ``overwrite`` is to write the first gradient over ``grad``.
+    """
+    active = kind != "identity"
+    walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], 9 if active else 5, workspace)
+    grad = grad.contiguous()
+    affine = _Affine(walk, weight, bias, mean, var, eps)
+    scale = None if activation_scale is None else walk.per_place(activation_scale)
+    inner = torch.zeros_like(mean, dtype=torch.float64)  # sum of <g, x> per channel
+    grad_zero, grad_scale = torch.zeros_like(inner), torch.zeros_like(inner)
+    grad_input = grad if overwrite else grad.new_zeros(values.shape[0] if need_input else 0, 2)
+    for chunk in walk:
+        (x, tile), g = chunk.read(values, scales), chunk.read_gradient(grad)
+        centred = affine.centred(values, scales) if chunk.first else None
+        if active:
+            of_kept = None if scale is None else chunk.spread(scale)
+            g, of_scale = activate_backward_input(g, affine(chunk, x, tile, centred), kind, of_kept)
+            if of_scale is not None:
+                grad_scale += walk.per_channel(chunk.by_place(of_scale).sum(0))
+            del of_kept, of_scale
+            if need_input:  # where the second walk finds it
+                chunk.put(g, grad_input)
+        weight_of = torch.ones_like(walk.weight[chunk.rows])
+        if centred is not None:
+            zero = chunk.zero_frequency(g)
+            grad_zero = zero.sum(0, dtype=torch.float64)
+            inner += (zero * centred).sum(0)
+            weight_of[0] = 0
+        inner += walk.per_channel(chunk.sums(x.mul_(g), tile, weight_of))
+        del x, g, chunk
+    grad_weight, grad_bias = inner * norm_factor(None, var, eps), grad_zero * walk.root
+
+    if need_input:
+        factor = norm_factor(weight, var, eps)
+        pull = factor / (var + eps) * inner / walk.count
+        gain, pulls = walk.per_place(factor), walk.per_place(pull)
+        for chunk in walk:
+            g = chunk.read_gradient(grad_input if active else grad) * chunk.spread(gain)
+            if batch_statistics:
+                x, tile = chunk.read(values, scales)
+                table = walk.weight[chunk.rows, None] * pulls
+                if tile is not None:
+                    table *= walk.tiles_to_places(tile)
+                if chunk.first:
+                    table[0] = 0
+                    centred = affine.centred(values, scales)
+                    chunk.zero_frequency(g).sub_(factor * grad_zero / max(1, walk.sizes.batch) + pull * centred)
+                g.addcmul_(x, chunk.spread(table), value=-1)
+                del x, table
+            chunk.put(g, grad_input)
+            del g, chunk
+    return grad_input, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype), grad_scale.to(grad.dtype)
 
 
 @define_op(
@@ -233,52 +429,10 @@ def _spectral_batch_norm_backward(
     workspace: int,
     need_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for the packed input (in its own pattern), weight, bias and scale of the activation.
-
-    With ``x`` the input less its mean, ``g`` the gradient before the activation, ``a = gamma / sigma``, ``n = B H W``
-    and ``w`` how many coefficients of the full spectrum a stored one stands for, the gradient of a coefficient is
-    ``a g - a w x sum(<g, x>) / (n sigma^2)``, less the mean of ``a g`` over the batch at the zero frequency. The last
-    two terms are those of the batch's statistics.
-    """
-    active = kind != "identity"
-    walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], 2, 5 if active else 0, workspace)
-    grad, no_scales = grad.contiguous(), grad.new_empty(0)
-    affine = _Affine(walk, weight, bias, mean, var, eps)
-    scale = None if activation_scale is None else walk.per_number(activation_scale)
-    inner = torch.zeros_like(mean, dtype=torch.float64)  # sum of <g, x> per channel
-    grad_zero, grad_scale = torch.zeros_like(inner), torch.zeros_like(inner)
-    grad_input = grad.new_zeros(values.shape[0] if need_input else 0, 2)
-    for first, rows, pattern in walk:
-        x, g = walk.read(values, scales, rows, pattern), walk.read(grad, no_scales, rows, pattern, 1)
-        affine.centre(x, first)
-        if active:
-            of_input, of_scale = activate_backward_input(_numbers(g), _numbers(affine(x, first)), kind, scale)
-            _numbers(g).copy_(of_input)
-            if of_scale is not None:
-                grad_scale += walk.per_channel(of_scale.sum(0))
-            if need_input:  # where the second walk finds it
-                walk.primitives.gather_rows(g, bitmap, offsets, rows, 0, grad_input, pattern)
-        if first:
-            grad_zero = walk.zero_frequency(g).sum(0, dtype=torch.float64)
-        inner += walk.per_channel(_numbers(x.mul_(g)).sum(0))
-    grad_weight, grad_bias = inner * _factor(None, var, eps), grad_zero * walk.root
-
-    if need_input:
-        factor = _factor(weight, var, eps)
-        gain, pull = walk.per_number(factor), walk.per_number(factor / (var + eps) * inner / walk.count)
-        zero_pull = factor * grad_zero / max(1, walk.sizes.batch)
-        for first, rows, pattern in walk:
-            g = walk.read(grad_input if active else grad, no_scales, rows, pattern, 1)
-            _numbers(g).mul_(gain)
-            if batch_statistics:
-                x = walk.read(values, scales, rows, pattern)
-                affine.centre(x, first)
-                if first:
-                    walk.zero_frequency(g).sub_(zero_pull)
-                x *= walk.weight[rows, None, None]
-                _numbers(g).addcmul_(_numbers(x), pull, value=-1)
-            walk.primitives.gather_rows(g, bitmap, offsets, rows, 0, grad_input, pattern)
-    return grad_input, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype), grad_scale.to(grad.dtype)
+    return norm_gradients(
+        grad, values, scales, bitmap, offsets, weight, bias, mean, var, activation_scale, kind, shape,
+        batch_statistics, eps, workspace, need_input,
+    )  # fmt: skip
 
 
 @_spectral_batch_norm_backward.register_fake
@@ -306,18 +460,18 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, values, scales, bitmap, offsets, weight, bias, mean, _, activation_scale, ctx.kind, *ctx.sizes = inputs
-    ctx.batch_statistics = mean is None
+    _, *saved, ctx.kind, shape, ctx.batch_statistics, eps, workspace = inputs
+    ctx.sizes = shape, eps, workspace
     ctx.mark_non_differentiable(*output[1:])  # gradients travel along the edge
     ctx.set_materialize_grads(False)  # no zeros of the size of the values
     # The input rather than the output, from which it could not be had back where a weight is zero. It is what the op
     # that made it has kept as well, so with a block before and a block behind nothing is held for this op alone.
-    ctx.save_for_backward(values, scales, bitmap, offsets, weight, bias, *output[3:], activation_scale)
+    ctx.save_for_backward(*saved)
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 14
+        return (None,) * 15
     need_input = ctx.needs_input_grad[0]
     saved = ctx.saved_tensors  # once: checkpointing hands them out a single time
     shape, eps, workspace = ctx.sizes
@@ -337,7 +491,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         None,
         None,
         grad_scale,
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 
@@ -360,11 +514,11 @@ def remake(
         shape: ``[B, C, H, W]`` of the maps.
         dtype: real precision of the computation.
     """
-    values, scales, *others = tensors
+    values, scales, *others, _, _ = tensors
     kind, eps, workspace = settings
     edge = make_edge(values.shape[0], dtype, values.device)
     parameters = (t if t.numel() else None for t in others)
-    made = _spectral_batch_norm(edge, values, scales, bitmap, offsets, *parameters, kind, shape, eps, workspace)
+    made = _spectral_batch_norm(edge, values, scales, bitmap, offsets, *parameters, kind, shape, False, eps, workspace)
     return made[1], made[2]
 
 
@@ -412,20 +566,60 @@ def spectral_batch_norm(
             neither training nor statistics to use.
     """
     op = "spectral_batch_norm"
+    shape = check_norm(op, x, weight, bias, running_mean, running_var, training, size)
+    if activation_scale is not None and tuple(activation_scale.shape) != (shape[1],):
+        fail(op, "activation_scale", activation_scale, f"shape ({shape[1]},)", "pass one scale per channel")
+    check_activation(op, activation)
+    out: PackedSpectrum | Tensor
     if isinstance(x, PackedSpectrum):
-        shape = tuple(x.shape)
-        if size is not None and tuple(size) != shape[2:]:
-            fail(op, "size", tuple(size), f"{shape[2:]}, that of the packed maps", "leave size out")
+        bound = check_workspace(op, workspace)
+        mean, var = statistics_of(x, running_mean, running_var, training, bound)
+        fields = (x.values, x.scales, x.bitmap, x.offsets)
+        edge, values, scales = _spectral_batch_norm(
+            x.edge, *fields, weight, bias, mean, var, activation_scale, activation, shape, training, eps, bound
+        )
+        out = PackedSpectrum(edge, values, scales, x.bitmap, x.offsets, x.shape, x.value_dtype)
+        if edge.requires_grad:
+            parameters = (None if t is None else t.detach() for t in (weight, bias, mean, var, activation_scale))
+            out.origin = Origin((x.values, x.scales, *parameters, None, None), (activation, eps, bound))
+    else:
+        used = (None, None) if training else (running_mean, running_var)
+        out, mean, var = reference.spectral_batch_norm(x, (shape[2], shape[3]), weight, bias, *used, eps)
+        if activation != "identity":
+            out = spectral_activation(out, activation, activation_scale)
+    if training:
+        running_mean, running_var = moved(running_mean, running_var, mean, var, momentum, shape)
+    return out, running_mean, running_var
+
+
+def check_norm(
+    op: str,
+    x: PackedSpectrum | Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    size: tuple[int, int] | None = None,
+) -> list[int]:
+    """Check the arguments of a batch norm; returns ``[B, C, H, W]`` of the maps.
+
+    Raises:
+        TypeError, ValueError: as :func:`spectral_batch_norm`.
+    """
+    if isinstance(x, PackedSpectrum):
+        shape = list(x.shape)
+        if size is not None and list(size) != shape[2:]:
+            fail(op, "size", tuple(size), f"{tuple(shape[2:])}, that of the packed maps", "leave size out")
     else:
         check_complex(op, "x", x)
-        shape = (*x.shape[:2], *check_half_spectrum(op, "x", x, size))
-    batch, channels, height, width = shape
+        shape = [*x.shape[:2], *check_half_spectrum(op, "x", x, size)]
+    channels = shape[1]
     for name, given in (
         ("weight", weight),
         ("bias", bias),
         ("running_mean", running_mean),
         ("running_var", running_var),
-        ("activation_scale", activation_scale),
     ):
         if given is not None and tuple(given.shape) != (channels,):
             fail(op, name, given, f"shape ({channels},)", "match the channels of this layer to those of its input")
@@ -437,29 +631,42 @@ def spectral_batch_norm(
             "both" if not training else "both or neither",
             "pass both, or training=True to use the statistics of the batch",
         )
-    count = batch * height * width
-    if training and count == 1:
-        fail(op, "x", f"maps {shape}", "more than one value per channel in training", "use a larger batch, or eval()")
-
-    check_activation(op, activation)
-    used = (None, None) if training else (running_mean, running_var)
-    out: PackedSpectrum | Tensor
-    if isinstance(x, PackedSpectrum):
-        fields = (x.edge, x.values, x.scales, x.bitmap, x.offsets)
-        bound = check_workspace(op, workspace)
-        edge, values, scales, mean, var = _spectral_batch_norm(
-            *fields, weight, bias, *used, activation_scale, activation, list(shape), eps, bound
+    if training and shape[0] * shape[2] * shape[3] == 1:
+        fail(
+            op,
+            "x",
+            f"maps {tuple(shape)}",
+            "more than one value per channel in training",
+            "use a larger batch, or eval()",
         )
-        out = PackedSpectrum(edge, values, scales, x.bitmap, x.offsets, x.shape, x.value_dtype)
-        if edge.requires_grad:
-            parameters = (None if t is None else t.detach() for t in (weight, bias, mean, var, activation_scale))
-            out.origin = Origin((x.values, x.scales, *parameters), (activation, eps, bound))
-    else:
-        out, mean, var = reference.spectral_batch_norm(x, (height, width), weight, bias, *used, eps)
-        if activation != "identity":
-            out = spectral_activation(out, activation, activation_scale)
-    if training and running_mean is not None and running_var is not None and count:
-        unbiased = var.detach() * (count / (count - 1))
-        running_mean = (1 - momentum) * running_mean + momentum * mean.detach().to(running_mean.dtype)
-        running_var = (1 - momentum) * running_var + momentum * unbiased.to(running_var.dtype)
-    return out, running_mean, running_var
+    return shape
+
+
+def statistics_of(
+    x: PackedSpectrum, running_mean: Tensor | None, running_var: Tensor | None, training: bool, workspace: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance ``(C,)`` to normalise by: those of the batch in training, else copies of the running ones."""
+    dtype = x.edge.dtype
+    if not training and running_mean is not None and running_var is not None:
+        return running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
+    fields = (x.values, x.scales, x.bitmap, x.offsets)
+    mean, var = _map_statistics(x.edge.detach(), *fields, list(x.shape), workspace)
+    return mean, var
+
+
+def moved(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | Tensor,
+    shape: list[int],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics after a batch with this mean and biased variance, of maps ``shape``."""
+    count = shape[0] * shape[2] * shape[3]
+    if running_mean is None or running_var is None or not count:
+        return running_mean, running_var
+    unbiased = var.detach() * (count / (count - 1))
+    running_mean = (1 - momentum) * running_mean + momentum * mean.detach().to(running_mean.dtype)
+    running_var = (1 - momentum) * running_var + momentum * unbiased.to(running_var.dtype)
+    return running_mean, running_var

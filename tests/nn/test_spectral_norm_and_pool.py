@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spectriton import PackedSpectrum, ops
 from spectriton import nn as snn
+from tests import oracles
 
 DOUBLE = torch.float64
 
@@ -159,11 +160,15 @@ def test_checkpointing():
         torch.testing.assert_close(a, b)
 
 
+ACTIVATIONS = [{"activation_scale": 3.0}, {"activation": "relu"}, {"activation": "relu", "pool": 2}]
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_of_blocks_with_norm(use_reentrant: bool):
+@pytest.mark.parametrize("options", ACTIVATIONS)
+def test_checkpointing_of_blocks_with_norm(use_reentrant: bool, options: dict[str, object]):
     """Thresholds that follow running statistics are the same the second time, and each batch counts once."""
     torch.manual_seed(0)
-    plain = nn.Sequential(*(snn.SpecBlock(4, 4, 3, threshold=0.5, norm=True, activation_scale=3.0) for _ in range(2)))
+    plain = nn.Sequential(*(snn.SpecBlock(4, 4, 3, threshold=0.5, norm=True, **options) for _ in range(2)))
     again = copy.deepcopy(plain)
     x = torch.randn(3, 4, 8, 8, requires_grad=True)
     enter, leave = snn.ToSpectral(threshold=0.3), snn.ToSpatial()
@@ -194,11 +199,69 @@ def test_compiles_without_graph_breaks():
     assert other[2].num_batches_tracked == 1
 
 
-def test_blocks_with_norm_keep_one_packed_copy_each():
-    """What the convolution gave, and of the norm and the activation behind it a few numbers a channel."""
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("pool", [None, 2])
+def test_blocks_with_relu_equal_dense_layers(norm: bool, pool: int | None):
+    """Two blocks and their gradients, thresholds being masks on the way."""
+    torch.manual_seed(0)
+    options = {"activation": "relu", "norm": norm, "pool": pool, "dtype": torch.float64}
+    blocks = nn.Sequential(snn.SpecBlock(3, 4, 3, 0.4, **options), snn.SpecBlock(4, 3, 3, 0.4, **options))
+    x = torch.randn(4, 3, 8, 12, dtype=torch.float64, requires_grad=True)
+    got = snn.ToSpatial()(blocks(snn.ToSpectral()(x)))
+
+    def masked(maps: Tensor, threshold: float | Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(maps, norm="ortho")
+        keep = ~(spectrum.abs() < threshold)
+        keep[..., 0, 0] = True
+        return torch.fft.irfft2(spectrum * keep, s=maps.shape[2:], norm="ortho")
+
+    maps = x
+    for block in blocks:
+        # The running deviation of a norm that has seen no batch is one: the threshold is that of the convolution.
+        deviation = 1.0 if block.norm is None else (1 + block.norm.eps) ** 0.5
+        maps = oracles.same_conv2d(maps, block.weight, block.bias, 1)
+        maps = masked(maps, 0.4 * deviation)
+        if block.norm is not None:
+            maps = nn.functional.batch_norm(maps, None, None, block.norm.weight, block.norm.bias, training=True)
+        maps = maps.relu() if pool is None else nn.functional.max_pool2d(maps.relu(), pool)
+        maps = masked(maps, 0.4)
+    torch.testing.assert_close(got, maps, rtol=0, atol=1e-10)
+    grad = torch.randn_like(got)
+    leaves = [x, *blocks.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y, leaves, grad) for y in (got, maps)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_what_blocks_with_relu_say_of_themselves():
+    """Sizes are of what backward holds: with a norm the convolution, otherwise what comes after the relu."""
+    packed = snn.ToSpectral()(torch.randn(2, 4, 8, 8)).requires_grad_()
+    for options, held in (({"norm": True}, 1), ({"norm": True, "pool": 2}, 2), ({}, 1), ({"pool": 2}, 1)):
+        block = snn.SpecBlock(4, 4, 3, 0.2, "relu", **options)
+        out = block(packed)
+        assert block.relu.last_density == out.density and 0 < block.last_density <= 1
+        sizes = [size for size in (block.last_packed, block.relu.last_packed) if size is not None]
+        assert len(sizes) == held
+        if not options.get("norm") or "pool" in options:
+            assert sizes[-1] == out.packed_size
+    assert "kernel_size=(2, 2), stride=(2, 2), threshold=0.2" in repr(block)
+    with pytest.raises(ValueError, match="SpecBlock: pool got 2, expected none without relu"):
+        snn.SpecBlock(4, 4, 3, pool=2)
+    with pytest.raises(ValueError, match="SpecBlock: activation_scale got"):
+        snn.SpecBlock(4, 4, 3, activation="relu", activation_scale=1.0)
+
+
+@pytest.mark.parametrize("options", ACTIVATIONS[:2])
+def test_blocks_with_norm_keep_one_packed_copy_each(options: dict[str, object]):
+    """What the convolution gave, and of the norm and the activation behind it a few numbers a channel.
+
+    For a relu also its pattern and a bit a value.
+    """
     torch.manual_seed(0)
     packed = snn.ToSpectral(threshold=0.5)(torch.randn(16, 8, 16, 16))
-    blocks = [snn.SpecBlock(8, 8, 3, threshold=0.5, norm=True, activation_scale=3.0) for _ in range(3)]
+    blocks = [snn.SpecBlock(8, 8, 3, threshold=0.5, norm=True, **options) for _ in range(3)]
+    given: list[PackedSpectrum] = []
+    for block in blocks:
+        block.norm.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     saved: dict[int, Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
@@ -209,7 +272,9 @@ def test_blocks_with_norm_keep_one_packed_copy_each():
     parameters = {p.data_ptr() for block in blocks for p in block.parameters()}
     total = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in parameters)
     numbers = len(blocks) * 2 * 8 * 4  # mean and variance
-    assert total <= sum(p.nbytes for p in made) + numbers
+    if "activation" in options:
+        numbers += sum(p.bitmap.nbytes + p.offsets.nbytes + p.shape.numel() // 8 for p in made[1:])
+    assert total <= sum(p.nbytes for p in (packed, *given)) + numbers
     assert not {p.values.data_ptr() for p in made[1:]} & set(saved)  # beside it lies what these are made from
 
 

@@ -177,10 +177,10 @@ def test_opcheck(training: bool):
     packed = ops.to_spectral(maps((2, 3, 5, 6), torch.device("cpu")).detach(), threshold=2.0).requires_grad_()
     weight, bias, mean, var = parameters(3, packed.device)
     fields = (packed.edge, packed.values, packed.scales, packed.bitmap, packed.offsets)
-    used, scale = (None, None) if training else (mean, var), torch.ones(3, dtype=DOUBLE, requires_grad=True)
+    scale = torch.ones(3, dtype=DOUBLE, requires_grad=True)
     torch.library.opcheck(
         torch.ops.spectriton.spectral_batch_norm.default,
-        (*fields, weight, bias, *used, scale, "tanh", [2, 3, 5, 6], 1e-5, 0),
+        (*fields, weight, bias, mean, var, scale, "tanh", [2, 3, 5, 6], training, 1e-5, 0),
     )
 
 
