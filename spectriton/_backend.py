@@ -132,11 +132,35 @@ class Backend:
 
         Not ``weighted``: the adjoint of maps to their stored coefficients.
         """
+        if index is not None and reference.by_products(grid, out):
+            reference.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, out, index)
+            return
         half = out.new_empty(out.shape[0], grid.height, grid.half_width, 2)
         # irfft2 counts a coefficient twice where its conjugate is not stored, which the adjoint does not.
         row_scale = None if weighted else 1 / grid.weight
         self.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, out.shape[0], row_scale, half, index)
         reference.maps_of_half(torch.view_as_complex(half), grid, out)
+
+    def gather_maps(
+        self,
+        maps: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> None:
+        """Writes half of the adjoint of weighted :meth:`unpack_maps`, for maps ``(n, H, W)``, to ``out`` ``(N, 2)``."""
+        if index is not None and reference.by_products(grid, maps):
+            reference.gather_maps(maps, bitmap, offsets, grid, t0, t1, out, index)
+            return
+        rows = self.rows_of_maps(maps, grid, (t1 - t0) * bitmap.shape[2] * 8)
+        rows[grid.self_conjugate] *= 0.5
+        every = slice(0, grid.count)
+        pattern = self.row_pattern(bitmap, offsets, every, t0, t1, index)
+        self.gather_rows(rows, bitmap, offsets, every, t0, out, pattern)
 
     def unpack_gradient_rows(
         self,

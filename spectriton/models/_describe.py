@@ -318,6 +318,7 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
             modules[f"{name}_to_spatial"] = snn.ToSpatial(options.workspace)
             packed = False
 
+    cropped = 0
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if isinstance(layer, Conv):
             enter(layer.name)
@@ -325,8 +326,11 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
             margin = (layer.kernel_size - 1) // 2 - layer.pad
             if margin > 0 and layer.stride == 1:
                 # Away from the edges a circular convolution is the same, so cropping gives the one with less padding.
-                leave(layer.name)
-                modules[f"{layer.name}_crop"] = Crop2d(margin)
+                if isinstance(following, Pool) and following.kind == "max" and not following.padding:
+                    cropped = margin  # by the pooling, of chunks of maps
+                else:
+                    leave(layer.name)
+                    modules[f"{layer.name}_crop"] = Crop2d(margin)
         elif isinstance(layer, Dense):
             enter(layer.name)
             modules[layer.name] = DensePacked(
@@ -351,15 +355,16 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
                 fill = -inf if layer.kind == "max" else 0.0
                 modules[f"{layer.name}_pad"] = nn.ConstantPad2d(layer.padding, fill)
             if layer.kind == "max" or packed:
-                stays = packed and isinstance(following, (Conv, Dense))
+                stays = packed and isinstance(following, (Conv, Dense)) and not cropped
                 modules[layer.name] = snn.MaxPool2d(
                     layer.kernel_size,
                     layer.stride,
+                    margin=cropped,
                     **(options.rule() if stays else {}),
                     value_dtype=options.value_dtype,
                     workspace=options.workspace,
                 )
-                packed = stays
+                packed, cropped = stays, 0
             else:
                 modules[layer.name] = snn.AvgPool2d(layer.kernel_size, layer.stride)
                 packed = False

@@ -30,6 +30,7 @@ class MaxPool2d(_Pool2d):
     Args:
         kernel_size: window, at most 256 positions.
         stride: step, by default the window.
+        margin: rows and columns at every side that are left out; none where the result is packed.
         threshold, density: one of them for packed maxima of packed maps: the smallest modulus of the ortho spectrum
             that is kept, or the fraction to keep.
         value_dtype: format of the kept values, by default that of the input.
@@ -45,6 +46,7 @@ class MaxPool2d(_Pool2d):
         kernel_size: int | tuple[int, int] = 2,
         stride: int | tuple[int, int] | None = None,
         *,
+        margin: int = 0,
         threshold: float | None = None,
         density: float | None = None,
         value_dtype: torch.dtype | str | None = None,
@@ -52,6 +54,7 @@ class MaxPool2d(_Pool2d):
     ) -> None:
         super().__init__(kernel_size, stride)
         self.threshold, self.density = ops.thresholding_rule("MaxPool2d", threshold, density, default=None)
+        self.margin = margin
         self.value_dtype = value_dtype
         self.workspace = workspace
         self.last_density: float | None = None
@@ -62,6 +65,7 @@ class MaxPool2d(_Pool2d):
             x,
             self.kernel_size,
             self.stride,
+            margin=self.margin,
             threshold=self.threshold,
             density=self.density,
             value_dtype=self.value_dtype,
@@ -74,9 +78,10 @@ class MaxPool2d(_Pool2d):
         return out
 
     def extra_repr(self) -> str:
+        window = super().extra_repr() + (f", margin={self.margin}" if self.margin else "")
         if self.threshold is None and self.density is None:
-            return super().extra_repr()
-        return f"{super().extra_repr()}, {describe_rule(self.threshold, self.density, self.value_dtype)}"
+            return window
+        return f"{window}, {describe_rule(self.threshold, self.density, self.value_dtype)}"
 
 
 class AvgPool2d(_Pool2d):

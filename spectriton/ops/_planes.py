@@ -369,16 +369,13 @@ def gather_maps(
     workspace: int,
 ) -> Tensor:
     """``(kept, 2)``: the adjoint of packed coefficients to real maps, for maps ``planes(first, last)``."""
+    primitives = backend(bitmap.device)
     grid = frequency_grid(sizes.height, sizes.width, bitmap.device)
-    transform = rows_of_maps(planes, sizes, dtype, bitmap.device)
-
-    def rows_of(first: int, last: int, padded: int) -> Tensor:
-        rows = transform(first, last, padded)
-        rows[grid.self_conjugate] *= 0.5
-        return rows
-
-    # A stored coefficient stands for two, unless it is its own conjugate.
-    return gather_planes(rows_of, bitmap, offsets, kept, sizes, dtype, workspace).mul_(2)
+    index = primitives.tile_index(bitmap, offsets)
+    out = torch.empty(kept, 2, dtype=dtype, device=bitmap.device)
+    for t0, t1, first, last in plane_chunks(sizes, dtype, workspace):
+        primitives.gather_maps(planes(first, last).to(dtype), bitmap, offsets, grid, t0, t1, out, index)
+    return out.mul_(2)  # a stored coefficient stands for two, unless it is its own conjugate
 
 
 def rows_of_maps(

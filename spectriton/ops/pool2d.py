@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from spectriton import reference
 from spectriton._backend import backend
 from spectriton._check import check_real_maps, fail
 from spectriton.frequencies import frequency_grid
+from spectriton.ops._across import empty_across, masked_across, maxima_across, rectified_across, spread_across
 from spectriton.ops._arguments import check_packed, check_rule, check_window, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
@@ -189,12 +191,66 @@ def _max_autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
 _max_pool2d.register_autograd(_max_autograd, setup_context=_max_setup)
 
 
+class _Pooling:
+    """Maximum of windows, or with ``rectify`` with zero, of chunks of the planes of packed maps.
+
+    Chunks begin at tiles of planes, which hold whole bytes of codes. Nothing is taken of the ``margin`` of the maps.
+    """
+
+    def __init__(
+        self,
+        sizes: Layout,
+        kernel: list[int],
+        stride: list[int],
+        device: torch.device,
+        rectify: bool = False,
+        margin: int = 0,
+    ) -> None:
+        self._size, self._tile = [sizes.height, sizes.width], sizes.tile
+        self._kernel, self._stride, self._rectify, self._margin = kernel, stride, rectify, margin
+        self.across = reference.planes_innermost(frequency_grid(sizes.height, sizes.width, device))
+        height, width = _output_size([n - 2 * margin for n in self._size], kernel, stride)
+        self.outputs = height * width
+
+    def empty(self, like: Tensor, planes: int, size: list[int]) -> Tensor:
+        """Maps ``(n, *size)`` in the memory order of the transforms."""
+        return empty_across(like, planes, size) if self.across else like.new_empty(planes, *size)
+
+    def pool(self, maps: Tensor, out: Tensor, codes: Tensor, first: int) -> None:
+        """Writes what maps ``(n, H, W)`` give to ``out``, and their codes, those of the planes from ``first`` on."""
+        rows, columns = (slice(self._margin, n - self._margin) for n in self._size)
+        maps = maps[:, rows, columns]
+        if self.across and self._rectify:
+            code = rectified_across(maps, self._tile, out)
+        elif self.across:
+            bits = _code_bits(self._kernel)
+            code = maxima_across(maps, self._kernel, self._stride, bits, self._tile, out)
+        else:
+            y, code = _rectified(maps) if self._rectify else _maxima(maps, self._kernel, self._stride)
+            out.copy_(y)
+        at = _code_bytes(first, self.outputs, self._kernel)
+        codes[at : at + code.numel()] = code
+
+    def spread(self, grad: Tensor, codes: Tensor, first: int) -> Tensor:
+        """The adjoint of :meth:`pool`: gradients ``(n, Ho, Wo)`` of the planes from ``first`` on to those of maps."""
+        last, kernel, stride, margin = first + grad.shape[0], self._kernel, self._stride, self._margin
+        code = codes[_code_bytes(first, self.outputs, kernel) : _code_bytes(last, self.outputs, kernel)]
+        if self.across and self._rectify:
+            return masked_across(grad, code, self._tile)
+        if self.across:
+            return spread_across(grad, code, self._size, kernel, stride, _code_bits(kernel), self._tile, margin)
+        if self._rectify:
+            return _masked(grad, code)
+        inner = [n - 2 * margin for n in self._size]
+        return functional.pad(_spread(grad, code, inner, kernel, stride), (margin,) * 4)
+
+
 # -- from packed maps: they are made, pooled and forgotten a chunk of planes at a time ------------------------------
 
 
 @define_op(
-    f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, SymInt[] kernel, SymInt[] stride, int workspace) "
-    "-> (Tensor, Tensor)"
+    f"(Tensor edge, {PACKED_FIELDS}, SymInt[] shape, SymInt[] kernel, SymInt[] stride, int margin, "
+    "int workspace) -> (Tensor, Tensor)"
 )
 def _packed_max_pool2d(
     edge: Tensor,
@@ -205,18 +261,17 @@ def _packed_max_pool2d(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
+    margin: int,
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`_max_pool2d` of the maps of a packed spectrum."""
+    """:func:`_max_pool2d` of the maps of a packed spectrum, ``margin`` rows and columns taken off every side."""
     sizes = layout(shape)
-    y = edge.new_empty(sizes.row, *_output_size(shape[2:], kernel, stride))
-    outputs = y.shape[1] * y.shape[2]
-    codes = torch.empty(_code_bytes(sizes.row, outputs, kernel), dtype=torch.uint8, device=values.device)
+    y = edge.new_empty(sizes.row, *_output_size([n - 2 * margin for n in shape[2:]], kernel, stride))
+    pooling = _Pooling(sizes, kernel, stride, values.device, margin=margin)
+    codes = torch.empty(_code_bytes(sizes.row, pooling.outputs, kernel), dtype=torch.uint8, device=values.device)
     packed = (values, scales, bitmap, offsets, sizes, True, resolve_workspace(workspace, values.device))
-    for first, last, maps in unpack_maps(*packed, lambda first, last: edge.new_empty(last - first, *shape[2:])):
-        at = _code_bytes(first, outputs, kernel)  # tiles of planes hold whole bytes of codes
-        y[first:last], code = _maxima(maps, kernel, stride)
-        codes[at : at + code.numel()] = code
+    for first, last, maps in unpack_maps(*packed, lambda first, last: pooling.empty(edge, last - first, shape[2:])):
+        pooling.pool(maps, y[first:last], codes, first)
     return y.unflatten(0, shape[:2]), codes
 
 
@@ -230,15 +285,16 @@ def _(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
+    margin: int,
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
-    y = edge.new_empty(*shape[:2], *_output_size(shape[2:], kernel, stride))
+    y = edge.new_empty(*shape[:2], *_output_size([n - 2 * margin for n in shape[2:]], kernel, stride))
     return y, y.new_empty(_code_bytes(1, y.numel(), kernel), dtype=torch.uint8)
 
 
 @define_op(
     "(Tensor grad, Tensor codes, Tensor bitmap, Tensor offsets, SymInt kept, SymInt[] shape, SymInt[] kernel, "
-    "SymInt[] stride, int workspace) -> Tensor"
+    "SymInt[] stride, int margin, int workspace) -> Tensor"
 )
 def _packed_max_pool2d_backward(
     grad: Tensor,
@@ -249,17 +305,17 @@ def _packed_max_pool2d_backward(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
+    margin: int,
     workspace: int,
 ) -> Tensor:
-    grads = grad.flatten(0, 1)
-    outputs = grads.shape[1] * grads.shape[2]
+    grads, sizes = grad.flatten(0, 1), layout(shape)
+    pooling = _Pooling(sizes, kernel, stride, grad.device, margin=margin)
 
     def planes(first: int, last: int) -> Tensor:
-        code = codes[_code_bytes(first, outputs, kernel) : _code_bytes(last, outputs, kernel)]
-        return _spread(grads[first:last], code, shape[2:], kernel, stride)
+        return pooling.spread(grads[first:last], codes, first)
 
     workspace = resolve_workspace(workspace, grad.device)
-    return gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, workspace)
+    return gather_maps(planes, bitmap, offsets, kept, sizes, grad.dtype, workspace)
 
 
 @_packed_max_pool2d_backward.register_fake
@@ -272,20 +328,21 @@ def _(
     shape: list[int],
     kernel: list[int],
     stride: list[int],
+    margin: int,
     workspace: int,
 ) -> Tensor:
     return grad.new_empty(kept, 2)
 
 
 def _packed_max_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    edge, _, _, bitmap, offsets, ctx.shape, ctx.kernel, ctx.stride, ctx.workspace = inputs
+    edge, _, _, bitmap, offsets, *ctx.settings = inputs
     ctx.kept = edge.shape[0]
     ctx.save_for_backward(output[1], bitmap, offsets)
 
 
 def _packed_max_autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    arguments = (*ctx.saved_tensors, ctx.kept, ctx.shape, ctx.kernel, ctx.stride, ctx.workspace)
-    return _packed_max_pool2d_backward(grad, *arguments), *(None,) * 8
+    arguments = (*ctx.saved_tensors, ctx.kept, *ctx.settings)
+    return _packed_max_pool2d_backward(grad, *arguments), *(None,) * 9
 
 
 _packed_max_pool2d.register_autograd(_packed_max_autograd, setup_context=_packed_max_setup)
@@ -319,21 +376,19 @@ def _repacked_pool2d(
     """
     size = _output_size(shape[2:], kernel, stride)
     sizes, pooled = layout(shape), layout([*shape[:2], *size])
-    outputs = size[0] * size[1]
-    codes = torch.empty(_code_bytes(sizes.row, outputs, kernel), dtype=torch.uint8, device=values.device)
+    pooling = _Pooling(sizes, kernel, stride, values.device, rectify)
+    codes = torch.empty(_code_bytes(sizes.row, pooling.outputs, kernel), dtype=torch.uint8, device=values.device)
     half = resolve_workspace(workspace, values.device) // 2  # one half for the maps, one for what becomes of them
-    maps_of = _map_reader(values, scales, bitmap, offsets, sizes, True, edge.dtype)
+    maps_of = _map_reader(values, scales, bitmap, offsets, sizes, True, edge.dtype, pooling.across)
     step = tiles_at_a_time(sizes, edge.dtype, half)
 
     def maxima(first: int, last: int) -> Tensor:
         # Smaller maps have tiles of as many planes or more: these are whole tiles of the large ones, too.
-        y = edge.new_empty(last - first, *size)
+        y = pooling.empty(edge, last - first, size)
         for t0 in range(first // sizes.tile, -(-last // sizes.tile), step):
             start, stop = t0 * sizes.tile, min((t0 + step) * sizes.tile, last)
             maps = maps_of(t0, min(t0 + step, -(-last // sizes.tile)))
-            y[start - first : stop - first], code = _rectified(maps) if rectify else _maxima(maps, kernel, stride)
-            at = _code_bytes(start, outputs, kernel)  # tiles of planes hold whole bytes of codes
-            codes[at : at + code.numel()] = code
+            pooling.pool(maps, y[start - first : stop - first], codes, start)
         return y
 
     transform = rows_of_maps(maxima, pooled, edge.dtype, values.device)
@@ -380,20 +435,19 @@ def _repacked_pool2d_backward(
     rectify: bool,
     workspace: int,
 ) -> Tensor:
-    size = _output_size(shape[2:], kernel, stride)
-    pooled, outputs = layout([*shape[:2], *size]), size[0] * size[1]
+    sizes, pooled = layout(shape), layout([*shape[:2], *_output_size(shape[2:], kernel, stride)])
+    pooling = _Pooling(sizes, kernel, stride, grad.device, rectify)
     packed = (grad.contiguous(), grad.new_empty(0), pooled_bitmap, pooled_offsets)
     # A tile of small maps serves several chunks of large ones: the last one read is kept.
-    grads_of = lru_cache(maxsize=1)(_map_reader(*packed, pooled, False, grad.dtype))
+    grads_of = lru_cache(maxsize=1)(_map_reader(*packed, pooled, False, grad.dtype, pooling.across))
 
     def planes(first: int, last: int) -> Tensor:
-        code = codes[_code_bytes(first, outputs, kernel) : _code_bytes(last, outputs, kernel)]
         t0 = first // pooled.tile
         grads = grads_of(t0, -(-last // pooled.tile))[first - t0 * pooled.tile : last - t0 * pooled.tile]
-        return _masked(grads, code) if rectify else _spread(grads, code, shape[2:], kernel, stride)
+        return pooling.spread(grads, codes, first)
 
     half = resolve_workspace(workspace, grad.device) // 2
-    return gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, half)
+    return gather_maps(planes, bitmap, offsets, kept, sizes, grad.dtype, half)
 
 
 @_repacked_pool2d_backward.register_fake
@@ -415,16 +469,24 @@ def _(
 
 
 def _map_reader(
-    values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, sizes: Layout, weighted: bool, dtype: torch.dtype
+    values: Tensor,
+    scales: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    sizes: Layout,
+    weighted: bool,
+    dtype: torch.dtype,
+    across: bool = False,
 ) -> Callable[[int, int], Tensor]:
-    """Gives the maps ``(n, H, W)`` of the tiles ``t0:t1`` of planes of a packed spectrum."""
+    """Gives the maps ``(n, H, W)`` of the tiles ``t0:t1`` of planes of a packed spectrum, ``across``: innermost."""
     primitives = backend(values.device)
     grid = frequency_grid(sizes.height, sizes.width, values.device)
     index = primitives.tile_index(bitmap, offsets)
 
     def maps_of(t0: int, t1: int) -> Tensor:
         planes = min(t1 * sizes.tile, sizes.row) - t0 * sizes.tile
-        maps = torch.empty(planes, sizes.height, sizes.width, dtype=dtype, device=values.device)
+        like, size = values.new_empty(0, dtype=dtype), [sizes.height, sizes.width]
+        maps = empty_across(like, planes, size) if across else like.new_empty(planes, *size)
         primitives.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, maps, index)
         return maps
 
@@ -495,6 +557,7 @@ def max_pool2d(
     kernel_size: int | tuple[int, int] = 2,
     stride: int | tuple[int, int] | None = None,
     *,
+    margin: int = 0,
     threshold: float | None = None,
     density: float | None = None,
     value_dtype: torch.dtype | str | None = None,
@@ -510,13 +573,15 @@ def max_pool2d(
         x: ``(B, C, H, W)`` real maps, or their packed spectrum.
         kernel_size: window, at most 256 positions.
         stride: step, by default the window.
+        margin: rows and columns at every side that are left out; none where the result is packed.
         threshold, density: give one of them to have the packed spectrum of the maxima instead of their maps; ``x`` is
             packed too then. See :func:`pack`.
         value_dtype: format of the kept values, by default that of ``x``.
         workspace: bound on temporaries in bytes, for a packed spectrum.
 
     Returns:
-        ``(B, C, (H - k) // s + 1, (W - k) // s + 1)`` real maps, or their packed spectrum.
+        ``(B, C, (H - k) // s + 1, (W - k) // s + 1)`` real maps, or their packed spectrum; ``H`` and ``W`` without the
+        margins.
 
     Raises:
         TypeError, ValueError: ``x`` is neither real maps nor packed, the window does not fit, or a rule is given for
@@ -534,15 +599,19 @@ def max_pool2d(
                 "a PackedSpectrum where a threshold or density is given",
                 "use ops.to_spectral on the result",
             )
-    kernel, steps = _check_pool(op, x.shape[2:], kernel_size, stride)
+    if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0 or (margin and repack):
+        expected = "0 where the result is packed" if repack else "a whole number of pixels, 0 or more"
+        fail(op, "margin", margin, expected, "pass margin=0")
+    kernel, steps = _check_pool(op, [n - 2 * margin for n in x.shape[2:]], kernel_size, stride)
     if kernel[0] * kernel[1] > 256:
         fail(op, "kernel_size", tuple(kernel), "a window of at most 256 positions", "use a smaller window")
     bound = check_workspace(op, workspace)
     if not isinstance(x, PackedSpectrum):
-        return _max_pool2d(x, kernel, steps)[0]
+        height, width = x.shape[2:]
+        return _max_pool2d(x[..., margin : height - margin, margin : width - margin], kernel, steps)[0]
     maps = (x.edge, x.values, x.scales, x.bitmap, x.offsets, list(x.shape), kernel, steps)
     if not repack:
-        return _packed_max_pool2d(*maps, bound)[0]
+        return _packed_max_pool2d(*maps, margin, bound)[0]
     name = x.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, x.edge.dtype)
     *fields, _ = _repacked_pool2d(*maps, False, *check_rule(op, threshold, density), name, bound)
     return PackedSpectrum.of(fields, (*x.shape[:2], *_output_size(list(x.shape[2:]), kernel, steps)), name)

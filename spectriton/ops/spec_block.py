@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +36,7 @@ from spectriton.ops._planes import (
 )
 from spectriton.ops.spectral_batch_norm import remake
 from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
-from spectriton.reference import RowPattern, TileIndex
+from spectriton.reference import RowPattern, TileIndex, filled_rows
 
 
 class _Settings(NamedTuple):
@@ -214,10 +213,9 @@ def _channels(buffer: Tensor, sizes: Layout) -> Tensor:
 def _filled_rows(bitmap: Tensor, index: TileIndex | None) -> int:
     """How many frequencies come before the tail at which nothing is kept."""
     if index is not None:
-        filled = np.flatnonzero(index.counts.any(1))
-    else:
-        filled = torch.nonzero(bitmap.flatten(1).any(1)).flatten().cpu().numpy()
-    return int(filled[-1]) + 1 if filled.size else 0
+        return filled_rows(index)
+    filled = torch.nonzero(bitmap.flatten(1).any(1)).flatten()
+    return int(filled[-1]) + 1 if filled.numel() else 0
 
 
 def _mixed(walk: _Walk, bias: Tensor | None, rows: int) -> Iterator[tuple[slice, Tensor]]:
@@ -281,7 +279,8 @@ def _spec_block(
     """``shape`` is ``[B, H, W]`` of the inputs, ``channels`` those of each.
 
     Origins, :data:`_ORIGIN` tensors for each input, are for backward: they take the place of the values of an input
-    whose kind is not empty. Empty ones stand for those that are not there: a list of tensors may not hold None.
+    whose kind is not empty. Empty ones stand for those that are not there: a list of tensors may not hold None. Where
+    no input has an origin the list is empty.
     """
     dtype = edges[0].dtype
     settings = _Settings(shape, channels, stride, (dilation[0], dilation[1]), groups, workspace)
@@ -554,6 +553,7 @@ def spec_block(
         fail(op, "threshold_scale", threshold_scale, "none together with a density", "pass a threshold, or no scale")
     name = first.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, first.edge.dtype)
     origins, none = [p.origin for p in inputs], first.values.new_empty(0)
+    remade = any(origin is not None for origin in origins)
     fields = _spec_block(
         *([getattr(p, field) for p in inputs] for field in ("edge", "values", "scales", "bitmap", "offsets")),
         weight,
@@ -570,7 +570,7 @@ def spec_block(
         fraction,
         name,
         threshold_scale,
-        [none if t is None else t for o in origins for t in ((None,) * _ORIGIN if o is None else o.tensors)],
+        [none if t is None else t for o in origins if remade for t in ((None,) * _ORIGIN if o is None else o.tensors)],
         ["" if origin is None else origin.settings[0] for origin in origins],
         [0.0 if origin is None else origin.settings[1] for origin in origins],
     )

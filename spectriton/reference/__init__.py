@@ -16,7 +16,7 @@ from spectriton.reference.kernel_spectrum import (
     taps_of_matrix,
 )
 from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise
-from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_index
+from spectriton.reference.pattern import RowPattern, TileIndex, filled_rows, row_pattern, tile_index
 from spectriton.reference.rounding import ROUNDINGS, copy_in_range, make_seed, seed_of, stochastic_cast, uniform
 from spectriton.reference.spectral_activation import (
     ACTIVATIONS,
@@ -26,20 +26,30 @@ from spectriton.reference.spectral_activation import (
 from spectriton.reference.spectral_batch_norm import spectral_batch_norm
 from spectriton.reference.spectral_pool2d import spectral_pool2d
 from spectriton.reference.store_rows import store_rows
-from spectriton.reference.transform import maps_of_half, rows_of_half, rows_of_maps, spread_rows
-from spectriton.reference.unpack import unpack_planes, unpack_rows
+from spectriton.reference.transform import (
+    by_products,
+    maps_of_half,
+    planes_innermost,
+    rows_of_half,
+    rows_of_maps,
+    spread_rows,
+)
+from spectriton.reference.unpack import gather_maps, unpack_maps, unpack_planes, unpack_rows
 
 __all__ = [
     "ACTIVATIONS",
     "ROUNDINGS",
     "RowPattern",
     "TileIndex",
+    "by_products",
     "channel_mix",
     "compact_rows",
     "complex_kernel_spectrum",
     "complex_kernel_spectrum_adjoint",
     "complex_product",
     "copy_in_range",
+    "filled_rows",
+    "gather_maps",
     "gather_rows",
     "kernel_spectrum",
     "kernel_spectrum_adjoint",
@@ -48,6 +58,7 @@ __all__ = [
     "modulus",
     "pack_codes",
     "pack_rows",
+    "planes_innermost",
     "quantise",
     "row_pattern",
     "rows_of_half",
@@ -65,6 +76,7 @@ __all__ = [
     "tile_index",
     "uniform",
     "unpack_codes",
+    "unpack_maps",
     "unpack_planes",
     "unpack_rows",
 ]

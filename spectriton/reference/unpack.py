@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference.pattern import RowPattern, TileIndex, half_positions, per_row, row_index, row_pattern
+from spectriton.reference.pattern import (
+    RowPattern,
+    TileIndex,
+    filled_rows,
+    half_positions,
+    part_positions,
+    per_row,
+    row_index,
+    row_pattern,
+)
+from spectriton.reference.transform import maps_of_parts, parts_of_maps, products
 
 # A pair of parts, seen as one element: indexing moves it as a whole.
 _PAIR = {
@@ -66,6 +77,17 @@ def unpack_rows(
     return out
 
 
+def fill_mirrors(half: Tensor, grid: FrequencyGrid) -> None:
+    """Writes the conjugates of stored coefficients where half spectra ``(n, H * Wh)`` repeat them."""
+    if half.device.type != "cpu":
+        half[:, grid.mirror_index] = half[:, grid.index[grid.mirror_row]].conj_physical()
+        return
+    planes = half.view(-1, grid.height, grid.half_width).numpy()
+    # They are the rows beyond the middle of the columns kx = 0 and W / 2, in the opposite order.
+    for column in {0, grid.width // 2} if grid.width % 2 == 0 else {0}:
+        np.conjugate(planes[:, (grid.height - 1) // 2 : 0 : -1, column], out=planes[:, grid.height // 2 + 1 :, column])
+
+
 def unpack_planes(
     values: Tensor,
     scales: Tensor,
@@ -94,6 +116,72 @@ def unpack_planes(
     # Straight to its place in its plane: only what is kept moves, and nothing dense is transposed.
     places = half_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, grid.index, half.shape[1])
     half.view(-1).scatter_(0, places, torch.view_as_complex(kept))
-    mirrored = grid.index[grid.mirror_row]
-    half[:, grid.mirror_index] = half[:, mirrored].conj_physical()
+    fill_mirrors(half, grid)
     return out
+
+
+def unpack_maps(
+    values: Tensor,
+    scales: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    grid: FrequencyGrid,
+    t0: int,
+    t1: int,
+    weighted: bool,
+    out: Tensor,
+    index: TileIndex,
+) -> None:
+    """Writes the real maps ``out`` ``(n, H, W)`` of the planes from ``t0 * tile`` on, by matrix products.
+
+    ``weighted`` counts a coefficient for its conjugate, too, where that is not stored, as ``irfft2`` does. The adjoint
+    of maps to their stored coefficients does not.
+    """
+    count, filled = out.shape[0], slice(0, filled_rows(index))
+    by = products(grid, filled.stop, out.dtype)
+    pattern = row_pattern(bitmap, offsets, filled, t0, t1, index)
+    kept = read_values(values, scales, pattern, scales[filled, t0:t1] if scales.numel() else scales, out.dtype)
+    if weighted:
+        kept = kept * 2
+    places = part_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, by.places[filled], count)
+    parts = out.new_zeros(by.rows.shape[0] * by.band, count)
+    parts.view(-1).scatter_(0, places, kept[:, 0])
+    parts[by.band :].view(-1).scatter_(0, places, kept[:, 1])
+    if weighted:
+        parts[by.self_conjugate] *= 0.5
+    del pattern, kept, places
+    maps = out.permute(1, 2, 0)
+    if maps.is_contiguous():
+        maps_of_parts(parts, by, maps)
+    else:
+        innermost = torch.empty_like(maps, memory_format=torch.contiguous_format)
+        maps_of_parts(parts, by, innermost)
+        if out.is_contiguous():  # of two dimensions torch transposes blocks
+            out.view(count, -1).copy_(innermost.view(-1, count).T)
+        else:
+            maps.copy_(innermost)
+
+
+def gather_maps(
+    maps: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    grid: FrequencyGrid,
+    t0: int,
+    t1: int,
+    out: Tensor,
+    index: TileIndex,
+) -> None:
+    """Half of the adjoint of weighted :func:`unpack_maps`: ``out`` ``(N, 2)`` gets what maps ``(n, H, W)`` give."""
+    filled = slice(0, filled_rows(index))
+    by = products(grid, filled.stop, maps.dtype)
+    parts = parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
+    parts[by.self_conjugate] *= 0.5
+    pattern = row_pattern(bitmap, offsets, filled, t0, t1, index)
+    places = part_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, by.places[filled], maps.shape[0])
+    target = torch.view_as_complex(out)
+    real, imaginary = (part.view(-1).index_select(0, places) for part in (parts, parts[by.band :]))
+    if isinstance(pattern.slots, slice):
+        torch.complex(real, imaginary, out=target[pattern.slots])
+    else:
+        target.scatter_(0, pattern.slots, torch.complex(real, imaginary))

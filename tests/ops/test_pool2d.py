@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from spectriton import memory, ops
+from spectriton.ops import pool2d
 
 CASES = [
     ((8, 8), 2, None),
@@ -114,10 +115,62 @@ def test_maximum_of_packed_maps_in_chunks():
 def test_maximum_of_packed_maps_as_an_op():
     packed = ops.to_spectral(torch.randn(2, 3, 5, 6, dtype=torch.float64), threshold=0.5)
     fields = (packed.values, packed.scales, packed.bitmap, packed.offsets)
-    arguments = (packed.edge.clone().requires_grad_(), *fields, [2, 3, 5, 6], [2, 2], [2, 2], 0)
+    arguments = (packed.edge.clone().requires_grad_(), *fields, [2, 3, 5, 6], [2, 2], [2, 2], 1, 0)
     torch.library.opcheck(torch.ops.spectriton.packed_max_pool2d.default, arguments)
     with pytest.raises(ValueError, match="at most the 5x6 maps"):
         ops.max_pool2d(packed, 7)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), [((9, 12), 2, None), ((9, 9), 3, 2), ((40, 34), 2, None)])
+@pytest.mark.parametrize("batch", [0, 5])
+def test_margins_are_left_out(backend: str, size: tuple[int, int], kernel: int, stride: int | None, batch: int):
+    packed = ops.to_spectral(torch.randn(batch, 7, *size, dtype=torch.float64), threshold=0.7).requires_grad_()
+    maps = ops.to_spatial(packed)
+    expected = ops.max_pool2d(maps[..., 2:-2, 2:-2], kernel, stride)
+    got = ops.max_pool2d(packed, kernel, stride, margin=2)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(ops.max_pool2d(maps, kernel, stride, margin=2), expected)
+    grad = torch.randn_like(got)
+    torch.testing.assert_close(*(torch.autograd.grad(y, packed.edge, grad) for y in (got, expected)))
+
+
+def test_bad_margins():
+    packed = ops.to_spectral(torch.zeros(1, 1, 6, 6), threshold=0.5)
+    for arguments, text in (
+        ({"margin": -1}, "margin got -1"),
+        ({"margin": 3}, "at most the 0x0 maps"),
+        ({"margin": 1, "threshold": 0.5}, "expected 0 where the result is packed"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ops.max_pool2d(packed, 2, **arguments)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 9, 40])  # a part of a tile of planes, several with one, whole tiles
+def test_codes_of_any_chunk_of_tiles(kernel: int, stride: int, batch: int):
+    """Planes innermost: written in chunks of some tiles and read in chunks of others, equal to plane by plane."""
+    maps = torch.randn(batch, 8, 7, 6, dtype=torch.float64).round(decimals=1)
+    maps[0, 0, 0, 0] = float("inf")
+    packed = ops.to_spectral(maps, threshold=0.0)
+    sizes = packed.layout
+    kernels, strides = [kernel] * 2, [stride] * 2
+    planes = maps.flatten(0, 1)
+    pooling = pool2d._Pooling(sizes, kernels, strides, maps.device)
+    assert pooling.across
+    size = pool2d._output_size([7, 6], kernels, strides)
+    y = pooling.empty(maps, sizes.row, size)
+    codes = torch.empty(pool2d._code_bytes(sizes.row, pooling.outputs, kernels), dtype=torch.uint8)
+    starts = [t * sizes.tile for t in range(sizes.tiles)]
+    for first, last in zip(starts, [*starts[1:], sizes.row], strict=True):
+        pooling.pool(planes[first:last], y[first:last], codes, first)
+    x = planes[None].requires_grad_()
+    expected = F.max_pool2d(x, kernel, stride)
+    assert torch.equal(y, expected[0])
+    grad = torch.randn_like(expected)
+    grad[0, 0, 0, 0] = float("nan")
+    got = pooling.spread(grad[0], codes, 0)
+    torch.testing.assert_close(got[None], torch.autograd.grad(expected, x, grad)[0], equal_nan=True)
 
 
 @pytest.mark.parametrize(("size", "kernel", "stride"), CASES)
