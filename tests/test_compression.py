@@ -21,6 +21,7 @@ from spectriton.codec import CastCodec, Codec, QuantiseCodec, make_codec
 from spectriton.compression import describe, gradient_report
 from spectriton.nn import compressed
 from spectriton.nn.compressed import _bits as bits
+from spectriton.nn.compressed import _recipes
 
 #: Keeps every value as it is: gradients must then be the original's.
 IDENTITY = CastCodec(torch.float64)
@@ -782,3 +783,34 @@ def test_memory_of_a_gpu_drops():
                 functional.cross_entropy(model(x), labels).backward()
         peaks.append(usage.peak_beyond_state_bytes)
     assert peaks[1] < 0.7 * peaks[0]
+
+
+class CountingDecodes(CastCodec):
+    """Counts what is decoded."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float64)
+        object.__setattr__(self, "decoded", [])
+
+    def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+        self.decoded.append(tuple(out.shape))
+        super()._decode(tensors, out)
+
+
+def test_maps_are_decoded_once_for_a_batch_norm_and_the_convolution_behind_it():
+    codec = CountingDecodes()
+    original, ours = pair("vgg_bn", codec)
+    x = images()
+    Step(ours, x).assert_close_gradients(Step(original, x))
+    assert sorted(codec.decoded) == [(3, 4, 32, 32), (3, 6, 8, 8), (3, 6, 16, 16)]
+
+
+def test_decoded_maps_do_not_outlive_a_backward_that_needs_only_some():
+    codec = CountingDecodes()
+    _, ours = pair("vgg_bn", codec)
+    loss = ours(images()).sum()
+    # The batch norm in front of the convolution would want the same maps.
+    torch.autograd.grad(loss, ours[4].weight, retain_graph=True)
+    assert _recipes._thread.last.dense is None and len(codec.decoded) == 3
+    loss.backward()
+    assert _recipes._thread.last.dense is None and len(codec.decoded) == 3 + 3

@@ -7,6 +7,7 @@ it; the next module finds the recipe there and keeps the same storage instead of
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -44,29 +45,81 @@ class Exact:
         return self.tensors[0].detach().to(dtype, copy=own)
 
 
+class _Uses:
+    """How many nodes of the graph hold some maps, and how many of them are still to come in this backward."""
+
+    __slots__ = ("count", "left")
+
+    def __init__(self) -> None:
+        self.count = self.left = 0
+
+
+class _Last:
+    """The dense maps that were decoded last, while other nodes are to use them in the same backward."""
+
+    __slots__ = ("dense", "key")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.key: tuple[_Uses, torch.dtype, int] | None = None
+        self.dense: Tensor | None = None
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.last = _Last()
+
+
+_thread = _Thread()
+
+
 class Stored:
     """Maps that a codec has encoded.
+
+    A batch norm decodes what the convolution behind it has decoded just before: dense maps stay until the last node
+    that holds their encoded form has had them, others are decoded, or backward ends.
 
     Attributes:
         held: some node of the graph keeps them until backward, so that using them again costs no storage.
     """
 
-    def __init__(self, encoded: Encoded) -> None:
+    def __init__(self, encoded: Encoded, uses: _Uses | None = None) -> None:
         self.encoded = encoded
-        self.held = False
+        self.uses = uses or _Uses()
+
+    @property
+    def held(self) -> bool:
+        return self.uses.count > 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(self.encoded.tensors)
 
     def with_tensors(self, tensors: Sequence[Any]) -> Stored:
-        return Stored(self.encoded.with_tensors(tuple(tensors)))
+        return Stored(self.encoded.with_tensors(tuple(tensors)), self.uses)
 
     def hold(self) -> None:
-        self.held = True
+        self.uses.count += 1
 
     def decode(self, dtype: torch.dtype, own: bool = False) -> Tensor:
-        return self.encoded.decode(dtype)
+        last, uses, backward = _thread.last, self.uses, torch._C._current_graph_task_id()
+        key = (uses, dtype, backward)
+        dense = last.dense if last.key == key else None
+        if dense is None:
+            last.clear()
+            dense = self.encoded.decode(dtype)
+            uses.left = uses.count
+        uses.left -= 1
+        if uses.left <= 0 or backward < 0:
+            last.clear()
+            return dense
+        if last.key is None:
+            last.key, last.dense = key, dense
+            # For nodes that are not run in this backward.
+            torch.autograd.Variable._execution_engine.queue_callback(last.clear)
+        return dense.clone() if own else dense
 
 
 class Derived:
