@@ -254,10 +254,10 @@ def fit(x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor,
     if mix > 1:
         basis = _components(covariance * inverse[:, :, None] * inverse[:, None])
         change = change._replace(basis=_orthonormal(basis))
-    spread = torch.zeros(layout.components, layout.frequencies, device=x.device)
+    spread = torch.zeros(layout.frequencies, layout.components, device=x.device)
     for maps in parts:
         spread += torch.linalg.vector_norm(transform(maps, layout, change), dim=-1).square_()
-    spread /= sampled.blocks
+    spread = spread.T / sampled.blocks
 
     logs = torch.log2(spread).nan_to_num(_NOTHING, _NOTHING, _NOTHING)
     if layout.separable:
@@ -380,7 +380,8 @@ def make_plan(stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, compac
     if compact:
         return _compact_plan(change, classes.numpy(), deviation, layout)
     width = _lookup(CLASS_WIDTHS, classes)
-    return Plan(change, torch.arange(layout.rows, device=scales.device), width, width.cumsum(0) - width, deviation)
+    rows = torch.arange(layout.rows, device=scales.device)
+    return Plan(change, rows, width, width.cumsum(0) - width, deviation)
 
 
 def _compact_plan(change: Transform, classes: NDArray[np.uint8], deviation: Tensor, layout: BlockLayout) -> Plan:
@@ -411,30 +412,39 @@ def _compact_plan(change: Transform, classes: NDArray[np.uint8], deviation: Tens
 
 
 @lru_cache(maxsize=64)
-def dct_matrix(edges: tuple[int, int], device: torch.device) -> Tensor:
-    """``(M, M)`` orthonormal DCT-II of blocks, frequencies down, positions across, both row by row."""
+def _dct_matrices(edges: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Orthonormal DCT-II down and across a block, frequencies down, positions across."""
 
-    def one(size: int) -> NDArray[np.float64]:
+    def one(size: int) -> Tensor:
         k, t = np.arange(size)[:, None], np.arange(size)
         matrix = np.sqrt(2 / size) * np.cos(np.pi * k * (t + 0.5) / size)
         matrix[0] = np.sqrt(1 / size)
-        return matrix
+        return torch.from_numpy(matrix.astype(np.float32)).to(device)
 
-    return torch.from_numpy(np.kron(one(edges[0]), one(edges[1])).astype(np.float32)).to(device)
+    return one(edges[0]), one(edges[1])
+
+
+@lru_cache(maxsize=64)
+def dct_matrix(edges: tuple[int, int], device: torch.device) -> Tensor:
+    """``(M, M)`` orthonormal DCT-II of blocks, frequencies down, positions across, both row by row."""
+    return torch.kron(*_dct_matrices(edges, device))
 
 
 def transform(maps: Tensor, layout: BlockLayout, change: Transform) -> Tensor:
-    """Maps ``(b, C, h, W)`` to ``(components, M, n)`` coefficients of their ``n`` blocks."""
+    """Maps ``(b, C, h, W)`` to ``(M, components, n)`` coefficients of their ``n`` blocks."""
     blocks = _standardised(maps, change, layout)
-    number = blocks.shape[1]
+    count = blocks.shape[1]
     if change.basis is not None:
         blocks = torch.matmul(change.basis.mT, blocks.view(layout.groups, layout.mix, -1))
-    blocks = blocks.view(-1, number, layout.frequencies)
-    return torch.matmul(change.dct, blocks.mT)
+    down, across = _dct_matrices(layout.edges, maps.device)
+    # Each product takes the last axis to the front.
+    values = torch.mm(across, blocks.view(-1, layout.edges[1]).T)
+    values = torch.mm(down, values.view(-1, layout.edges[0]).T)
+    return values.view(layout.frequencies, -1, count)
 
 
 def transform_back(coefficients: Tensor, layout: BlockLayout, change: Transform, out: Tensor) -> None:
-    """The inverse of :func:`transform`: writes maps ``(b, C, h, W)``."""
+    """The inverse of :func:`transform`: writes maps ``(b, C, h, W)`` of coefficients ``(components, M, n)``."""
     blocks = torch.matmul(coefficients.mT, change.dct)
     if change.basis is not None:
         blocks = torch.matmul(change.basis, blocks.view(layout.groups, -1, blocks[0].numel()))
@@ -582,10 +592,14 @@ def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | Non
         workspace: bound on temporaries in bytes.
     """
     bits = field_bits(plan, layout.record)
+    # By frequency first.
+    component, frequency = plan.rows // layout.frequencies, plan.rows % layout.frequencies
+    basis = plan.change.basis
+    rows = frequency * (layout.groups * (layout.mix if basis is None else basis.shape[2])) + component
     records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8, device=x.device)
     # Noise takes as much again.
     for part in regions(layout, workspace if seed is None else workspace // 2):
-        values = transform(maps_of(x, layout, part), layout, plan.change).flatten(0, 1).index_select(0, plan.rows)
+        values = transform(maps_of(x, layout, part), layout, plan.change).flatten(0, 1).index_select(0, rows)
         noise = None
         if seed is not None:
             block = torch.arange(part.n0, part.n1, device=x.device)
