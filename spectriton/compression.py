@@ -89,6 +89,7 @@ def compress(
         kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()})[:8])
         expected = "a network with modules of exactly the types in spectriton.nn.compressed.COMPRESSED"
         fail("compress", "model", f"modules of types {kinds}", expected, "pass a network with nn.Conv2d modules")
+    codec = codec.for_network()
     for module in chosen:
         _replace(module, codec)
     return model
