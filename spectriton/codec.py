@@ -308,25 +308,30 @@ class Allotment:
     def reset(self) -> None:
         """Forget all sizes."""
         self.counts: Counter[int] = Counter()
-        self.complete = False
-        self.rates: dict[int, float] = {}
+        self.complete = self.settled = False
+        self._rates: dict[float, dict[int, float]] = {}
 
     def rate(self, size: int, budget: float) -> float:
         """Bits per value for maps of ``size`` values an image, ``budget`` on average."""
         # What checkpointing computes again in backward must get what it got the first time.
         if torch._C._current_graph_task_id() < 0:
-            if self.complete and not self.rates:
-                self.rates = self._shared(budget)
-            if self.rates and size not in self.rates:
+            self.settled = self.complete
+            if self.settled and size not in self.counts:
                 # Images of another size than before.
                 self.reset()
-            if not self.rates:
+            if not self.settled:
                 self.counts[size] += 1
-        return self.rates.get(size, budget)
+        return self.rates(budget).get(size, budget) if self.settled else budget
 
     def note_decoding(self) -> None:
         """Backward begins: all sizes are known."""
         self.complete = self.complete or torch._C._current_graph_task_id() >= 0
+
+    def rates(self, budget: float) -> dict[int, float]:
+        """Bits per value by size, for all sizes met so far."""
+        if budget not in self._rates:
+            self._rates[budget] = self._shared(budget)
+        return self._rates[budget]
 
     def _shared(self, budget: float) -> dict[int, float]:
         values = {size: count * size for size, count in self.counts.items()}

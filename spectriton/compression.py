@@ -246,6 +246,9 @@ def gradient_report(
                 found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters.values(), strict=True)]
 
+        if not count:
+            # The codec knows the sizes of all maps, and what it makes of them, after the first backward.
+            gradients()
         ours = gradients()
         decompress(model)
         try:

@@ -918,9 +918,10 @@ def test_maps_with_fewer_values_get_more_bits_of_the_same_budget():
         return usage.saved_bytes
 
     even = saved()
-    assert not codec.allotment.rates
+    assert not codec.allotment.settled
     allotted = saved()
-    rates = codec.allotment.rates
+    assert codec.allotment.settled
+    rates = codec.allotment.rates(1.5)
     sizes = [4 * 32 * 32, 6 * 16 * 16, 6 * 8 * 8]
     assert sorted(rates, reverse=True) == sizes
     assert sum(n * rates[n] for n in sizes) == pytest.approx(1.5 * sum(sizes))
@@ -931,9 +932,9 @@ def test_maps_with_fewer_values_get_more_bits_of_the_same_budget():
     # Images of another size are counted anew.
     x = images(torch.float32, size=16, batch=64)
     saved()
-    assert not codec.allotment.rates
+    assert not codec.allotment.settled
     saved()
-    assert sorted(codec.allotment.rates, reverse=True) == [n // 4 for n in sizes]
+    assert sorted(codec.allotment.rates(1.5), reverse=True) == [n // 4 for n in sizes]
     again = pickle.loads(pickle.dumps(ours))
     assert again[0].codec.allotment is again[3].codec.allotment
 
@@ -941,7 +942,7 @@ def test_maps_with_fewer_values_get_more_bits_of_the_same_budget():
 def test_no_budget_is_exceeded_or_left_to_nothing():
     allotment = Allotment()
     allotment.counts.update({1 << 20: 1, 1 << 10: 1, 16: 5})
-    rates = allotment._shared(0.25)
+    rates = allotment.rates(0.25)
     assert rates[1 << 20] >= 0.125 and rates[16] <= 8
     assert sum(n * rates[n] * count for n, count in allotment.counts.items()) <= 0.25 * ((1 << 20) + (1 << 10) + 80)
 

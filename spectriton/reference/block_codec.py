@@ -62,7 +62,7 @@ _NOTHING = -1000.0
 
 # Rounds of orthogonal iteration. More leave the coding gain as it is: components of like variance need no telling
 # apart.
-_ROUNDS = 4
+_ROUNDS = 3
 # At most this share of the budget goes to the basis, and to the classes of rows: where there are few blocks to a
 # channel, a smaller group or a coarser spectrum leaves more for the values.
 _BASIS_SHARE = 1 / 3
@@ -206,10 +206,11 @@ class Plan(NamedTuple):
 
     Attributes:
         change: the transform, to the components that have bits.
-        rows: ``(R,)`` int64, rows that are coded, among those of the transform.
+        rows: ``(R,)`` int64, rows that are coded, counted by component of the transform, then by kept frequency.
         width, start: ``(R,)`` int64, bits of their fields and where they begin in a record.
         deviation: ``(R,)`` float32 that their quantisers take them to have.
         narrow: how many of the first rows have one bit, and how many have two, where the host knows.
+        kept: ``(F,)`` int64 frequencies at which some component has bits; None for all.
     """
 
     change: Transform
@@ -218,6 +219,7 @@ class Plan(NamedTuple):
     start: Tensor
     deviation: Tensor
     narrow: tuple[int, int] = (0, 0)
+    kept: Tensor | None = None
 
 
 def fit(x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -391,20 +393,21 @@ def _compact_plan(change: Transform, classes: NDArray[np.uint8], deviation: Tens
     chosen = np.argsort(widths, kind="stable")[min(none, layout.rows - 1) :]
     width = widths[chosen].astype(np.int64)
     start = (widths.cumsum(dtype=np.int64) - widths)[chosen]
-    rows = chosen
+    component, frequency = np.divmod(chosen, layout.frequencies)
     if change.basis is not None:
-        component, frequency = np.divmod(chosen, layout.frequencies)
         group, place = np.divmod(component, layout.mix)
-        kept = int(place.max()) + 1
-        change = change._replace(basis=change.basis[:, :, :kept].contiguous())
-        rows = (group * kept + place) * layout.frequencies + frequency
+        leading = int(place.max()) + 1
+        change = change._replace(basis=change.basis[:, :, :leading].contiguous())
+        component = group * leading + place
+    kept, place = np.unique(frequency, return_inverse=True)
     return Plan(
         change,
-        torch.from_numpy(rows),
+        torch.from_numpy(component * len(kept) + place),
         torch.from_numpy(width),
         torch.from_numpy(start),
         deviation[torch.from_numpy(chosen)],
         (narrow[0], narrow[1]),
+        torch.from_numpy(kept),
     )
 
 
@@ -444,7 +447,10 @@ def transform(maps: Tensor, layout: BlockLayout, change: Transform) -> Tensor:
 
 
 def transform_back(coefficients: Tensor, layout: BlockLayout, change: Transform, out: Tensor) -> None:
-    """The inverse of :func:`transform`: writes maps ``(b, C, h, W)`` of coefficients ``(components, M, n)``."""
+    """The inverse of :func:`transform`: writes maps ``(b, C, h, W)`` of coefficients ``(components, F, n)``.
+
+    The DCT of ``change`` may have only the ``F`` frequencies that there are.
+    """
     blocks = torch.matmul(coefficients.mT, change.dct)
     if change.basis is not None:
         blocks = torch.matmul(change.basis, blocks.view(layout.groups, -1, blocks[0].numel()))
@@ -559,12 +565,13 @@ def write_fields(codes: Tensor, bits: tuple[Tensor, Tensor]) -> Tensor:
     return planes[:, 0].T
 
 
-def read_fields(records: Tensor, plan: Plan) -> Tensor:
-    """Records ``(n, L)`` to values ``(R, n)`` float32."""
+def read_fields(records: Tensor, plan: Plan, spare: int = 0) -> Tensor:
+    """Records ``(n, L)`` to values ``(R + spare, n)`` float32, zero in the last rows."""
     packed = records.T.contiguous()
     byte, shift, deviation = plan.start >> 3, (plan.start & 7)[:, None], plan.deviation[:, None]
     levels = quantiser_levels(records.device)
-    values = torch.empty(byte.numel(), packed.shape[1], device=records.device)
+    values = torch.empty(byte.numel() + spare, packed.shape[1], device=records.device)
+    values[byte.numel() :] = 0
     one = plan.narrow[0]
     if one:
         bits = packed.index_select(0, byte[:one]).bitwise_right_shift_(shift[:one].to(torch.uint8)).bitwise_and_(1)
@@ -575,7 +582,7 @@ def read_fields(records: Tensor, plan: Plan) -> Tensor:
     window |= packed.index_select(0, (byte[one:] + 1).clamp_(max=packed.shape[0] - 1)).to(torch.int32) << 8
     first = (1 << plan.width[one:]).to(torch.int32)[:, None]
     window = window.bitwise_right_shift_(shift[one:].to(torch.int32)).bitwise_and_(first - 1).add_(first)
-    wide = values[one:]
+    wide = values[one : byte.numel()]
     torch.index_select(levels, 0, window.view(-1), out=wide.view(-1))
     wide.mul_(deviation[one:])
     return values
@@ -592,10 +599,9 @@ def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | Non
         workspace: bound on temporaries in bytes.
     """
     bits = field_bits(plan, layout.record)
-    # By frequency first.
-    component, frequency = plan.rows // layout.frequencies, plan.rows % layout.frequencies
-    basis = plan.change.basis
-    rows = frequency * (layout.groups * (layout.mix if basis is None else basis.shape[2])) + component
+    frequencies = _kept(plan, layout)
+    component, frequency = plan.rows // frequencies.numel(), frequencies[plan.rows % frequencies.numel()]
+    rows = frequency * _transformed(plan, layout) + component
     records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8, device=x.device)
     # Noise takes as much again.
     for part in regions(layout, workspace if seed is None else workspace // 2):
@@ -610,11 +616,24 @@ def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | Non
 
 def decode_blocks(records: Tensor, layout: BlockLayout, plan: Plan, out: Tensor, workspace: int) -> Tensor:
     """Writes the maps ``out`` ``(B, C, H, W)`` of records ``(N, L)``, and returns them. In float16 they saturate."""
-    basis = plan.change.basis
-    components = layout.groups * (layout.mix if basis is None else basis.shape[2])
+    kept, components = _kept(plan, layout), _transformed(plan, layout)
+    # Where there are no bits the spare row is read.
+    row = plan.rows.new_full((components * kept.numel(),), plan.rows.numel())
+    row[plan.rows] = torch.arange(plan.rows.numel(), device=row.device)
+    change = plan.change._replace(dct=plan.change.dct[kept])
     for part in regions(layout, workspace):
         target, own = maps_of(out, layout, part), records[part.n0 : part.n1]
-        coefficients = torch.zeros(components * layout.frequencies, own.shape[0], device=records.device)
-        coefficients.index_copy_(0, plan.rows, read_fields(own, plan))
-        transform_back(coefficients.view(components, layout.frequencies, -1), layout, plan.change, target)
+        coefficients = read_fields(own, plan, spare=1).index_select(0, row)
+        transform_back(coefficients.view(components, kept.numel(), -1), layout, change, target)
     return out
+
+
+def _kept(plan: Plan, layout: BlockLayout) -> Tensor:
+    """Frequencies at which rows are counted."""
+    return torch.arange(layout.frequencies, device=plan.rows.device) if plan.kept is None else plan.kept
+
+
+def _transformed(plan: Plan, layout: BlockLayout) -> int:
+    """Components of the transform of a plan."""
+    basis = plan.change.basis
+    return layout.groups * (layout.mix if basis is None else basis.shape[2])
