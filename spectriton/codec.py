@@ -213,7 +213,8 @@ class QuantiseCodec(Codec):
             return (torch.cat([part, part[-1:].expand(missing)]) if missing else part).view(-1, self.group)
 
         for first, last in self._groups(flat.numel(), x.device):
-            low, high = padded(first, last).aminmax(dim=1)
+            values = padded(first, last)
+            low, high = values.amin(1), values.amax(1)
             scales[first:last, 0] = low
             scales[first:last, 1] = (high - low) / levels
         number = _seed(seed, scales) if self.rounding == "stochastic" else None
@@ -226,7 +227,10 @@ class QuantiseCodec(Codec):
                 steps.add_(_noise(number, first * self.group, steps.numel()).view_as(steps))
             # A group with NaN or an infinite range has a minimum or a step that is not finite, so its codes, whatever
             # the device makes of NaN, decode to NaN.
-            packed[first:last] = reference.pack_codes(steps.clamp_(0, levels).to(torch.uint8), self.bits)
+            # A CPU has no fast way from float to uint8.
+            signed = torch.int8 if self.bits < 8 else torch.int16
+            codes = steps.clamp_(0, levels).to(signed).to(torch.uint8)
+            packed[first:last] = reference.pack_codes(codes, self.bits)
         return packed, scales
 
     def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
@@ -488,7 +492,8 @@ def _seed(seed: int | Tensor | None, data: Tensor) -> Tensor:
 
 def _noise(seed: Tensor, first: int, count: int) -> Tensor:
     """``(count,)`` noise of the positions from ``first`` on."""
-    return reference.uniform(seed, torch.arange(first, first + count, device=seed.device))
+    narrow = torch.int32 if first + count < 1 << 31 else torch.int64
+    return reference.uniform(seed, torch.arange(first, first + count, dtype=narrow, device=seed.device))
 
 
 def _flat(x: Tensor) -> Tensor:
