@@ -23,7 +23,7 @@ from spectriton.ops._arguments import check_rounding, check_rule, check_seed, ch
 from spectriton.packed import PackedSpectrum, make_edge
 from spectriton.reference import block_codec
 
-__all__ = ["BlockCodec", "CastCodec", "Codec", "Encoded", "QuantiseCodec", "SpectrumCodec", "make_codec"]
+__all__ = ["Allotment", "BlockCodec", "CastCodec", "Codec", "Encoded", "QuantiseCodec", "SpectrumCodec", "make_codec"]
 
 
 class Encoded:
@@ -402,7 +402,8 @@ class BlockCodec(Codec):
         if self.allotment is None:
             return self
         rate = self.allotment.rate(x.shape[1:].numel(), self.density * self.bits)
-        return replace(self, bits=rate / self.density)
+        # Rounding must not carry it beyond the most.
+        return replace(self, bits=min(rate, _MOST_BITS - 1e-6) / self.density)
 
     def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
         if x.numel() == 0:
