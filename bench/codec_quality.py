@@ -67,15 +67,15 @@ def thresholded(rate: float, mix: int) -> Callable[[Tensor], Stored]:
     def store(x: Tensor) -> Stored:
         layout = block_codec.block_layout(tuple(x.shape), rate, mix)
         change = block_codec.stored_transform(block_codec.fit(x, layout, 1 << 24), layout)
-        rows = block_codec.transform(x, layout, change).flatten(0, 1)
+        rows = block_codec.transform(x, layout, change).transpose(0, 1).flatten(0, 1)
         scales = rows.abs().amax(1, keepdim=True) / 7
         beside = 8 * (2 * layout.shape[1] + scales.numel() + (0 if layout.mix == 1 else layout.groups * layout.mix**2))
         keep = max(0, int((rate * x.numel() - rows.numel() - beside) / 4))
         threshold = rows.abs().flatten().kthvalue(max(1, rows.numel() - keep)).values
         values = (rows / scales.clamp_min(1e-30)).round() * scales * (rows.abs() > threshold)
         coefficients = values.view(layout.components, layout.frequencies, -1)
-        size = (x.shape[2], x.shape[3])
-        maps = block_codec.transform_back(coefficients, layout, change, x.shape[0], size)
+        maps = torch.empty_like(x)
+        block_codec.transform_back(coefficients, layout, change, maps)
         return Stored(maps, (rows.numel() + 4 * keep + beside) / x.numel())
 
     return store

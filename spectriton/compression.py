@@ -89,6 +89,7 @@ def compress(
         kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()})[:8])
         expected = "a network with modules of exactly the types in spectriton.nn.compressed.COMPRESSED"
         fail("compress", "model", f"modules of types {kinds}", expected, "pass a network with nn.Conv2d modules")
+    codec = codec.for_network()
     for module in chosen:
         _replace(module, codec)
     return model
@@ -245,6 +246,9 @@ def gradient_report(
                 found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters.values(), strict=True)]
 
+        if not count:
+            # The codec knows the sizes of all maps, and what it makes of them, after the first backward.
+            gradients()
         ours = gradients()
         decompress(model)
         try:

@@ -57,8 +57,9 @@ def test_transform_and_back(mix: int):
     dct = block_codec.dct_matrix(layout.edges, MAPS.device)
     change = Transform(mean, 1 / scale, scale, basis, dct)
     coefficients = block_codec.transform(MAPS, layout, change)
-    assert coefficients.shape == (layout.components, layout.frequencies, layout.blocks)
-    back = block_codec.transform_back(coefficients, layout, change, 3, (9, 14))
+    assert coefficients.shape == (layout.frequencies, layout.components, layout.blocks)
+    back = torch.empty_like(MAPS)
+    block_codec.transform_back(coefficients.transpose(0, 1), layout, change, back)
     torch.testing.assert_close(back, MAPS, rtol=0, atol=1e-5)
 
 

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 import spectriton
 from spectriton import memory
-from spectriton.codec import CastCodec, Codec, QuantiseCodec, make_codec
+from spectriton.codec import Allotment, BlockCodec, CastCodec, Codec, QuantiseCodec, make_codec
 from spectriton.compression import describe, gradient_report
 from spectriton.nn import compressed
 from spectriton.nn.compressed import _bits as bits
+from spectriton.nn.compressed import _recipes
 
 #: Keeps every value as it is: gradients must then be the original's.
 IDENTITY = CastCodec(torch.float64)
@@ -407,8 +408,97 @@ def test_each_convolutions_output_is_encoded_once_and_nothing_else():
     _, ours = pair("resnet", codec)
     ours(images())
     stem, first, second = (3, 4, 16, 16), (3, 4, 8, 8), (3, 6, 4, 4)
-    # A block: both convolutions, the sum; the second also its shortcut.
-    assert sorted(codec.encoded) == sorted([stem, *[first] * 3, *[second] * 4, *[second] * 3])
+    # A block: both convolutions; the second also its shortcut. Sums are made of these, and of what the stem made.
+    assert sorted(codec.encoded) == sorted([stem, *[first] * 2, *[second] * 3, *[second] * 2])
+
+
+class Residual(nn.Module):
+    """A sum of two branches, written in one of several ways, and a convolution behind it."""
+
+    def __init__(self, add: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.right = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.last = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3), *head(4))
+        self.add = add
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x), self.right(x)
+        return self.last(self.add(left, right))
+
+
+def change_first(left: Tensor, right: Tensor) -> Tensor:
+    with torch.no_grad():
+        left.mul_(2)
+    return left + right
+
+
+def change_later(left: Tensor, right: Tensor) -> Tensor:
+    total = left + right
+    right.mul_(2)
+    return total
+
+
+def change_sum(left: Tensor, right: Tensor) -> Tensor:
+    total = left + right
+    with torch.no_grad():
+        total.mul_(2)
+    return total
+
+
+SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "out of place": (lambda left, right: left + right, True),
+    "in place": (lambda left, right: left.add_(right), True),
+    "of the same": (lambda left, right: left + left, True),
+    "scaled": (lambda left, right: torch.add(left, right, alpha=2), False),
+    "broadcast": (lambda left, right: left + right[:1], False),
+    "difference": (lambda left, right: left - right, False),
+    "changed first": (change_first, False),
+    "changed later": (change_later, False),
+    "changed afterwards": (change_sum, False),
+    "changed again": (lambda left, right: left.add_(right).mul_(2), False),
+    "with a constant": (lambda left, right: left + 1, False),
+}
+
+
+@pytest.mark.parametrize("way", list(SUMS))
+def test_sums_are_rebuilt_from_their_parts(way: str):
+    add, rebuilt = SUMS[way]
+    torch.manual_seed(0)
+    original = Residual(add).double()
+    codec = Counting()
+    ours = spectriton.compress(copy.deepcopy(original), codec=codec)
+    x = images(size=10)
+    expected, found = Step(original, x), Step(ours, x)
+    found.assert_same_forward(expected)
+    found.assert_close_gradients(expected)
+    # The output of both convolutions, and the sum where it has to be.
+    assert len(codec.encoded) == 3 - rebuilt
+
+
+def test_sums_of_many_parts_are_encoded_anew():
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(6)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            sums = [self.blocks[0](x)]
+            for block in self.blocks[1:]:
+                branch = block(sums[-1])
+                sums.append(sums[-1] + branch)
+            return sums[-1].mean((2, 3))
+
+    torch.manual_seed(0)
+    original = Chain().double()
+    codec = Counting()
+    ours = spectriton.compress(copy.deepcopy(original), codec=codec)
+    x = images(size=10)
+    Step(ours, x).assert_close_gradients(Step(original, x))
+    # Six convolutions. The sum of four of them is one too many for the convolution behind it.
+    assert len(codec.encoded) == 6 + 1
 
 
 def test_nothing_is_encoded_where_nothing_is_asked_for():
@@ -782,3 +872,84 @@ def test_memory_of_a_gpu_drops():
                 functional.cross_entropy(model(x), labels).backward()
         peaks.append(usage.peak_beyond_state_bytes)
     assert peaks[1] < 0.7 * peaks[0]
+
+
+class CountingDecodes(CastCodec):
+    """Counts what is decoded."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float64)
+        object.__setattr__(self, "decoded", [])
+
+    def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+        self.decoded.append(tuple(out.shape))
+        super()._decode(tensors, out)
+
+
+def test_maps_are_decoded_once_for_a_batch_norm_and_the_convolution_behind_it():
+    codec = CountingDecodes()
+    original, ours = pair("vgg_bn", codec)
+    x = images()
+    Step(ours, x).assert_close_gradients(Step(original, x))
+    assert sorted(codec.decoded) == [(3, 4, 32, 32), (3, 6, 8, 8), (3, 6, 16, 16)]
+
+
+def test_decoded_maps_do_not_outlive_a_backward_that_needs_only_some():
+    codec = CountingDecodes()
+    _, ours = pair("vgg_bn", codec)
+    loss = ours(images()).sum()
+    # The batch norm in front of the convolution would want the same maps.
+    torch.autograd.grad(loss, ours[4].weight, retain_graph=True)
+    assert _recipes._thread.last.dense is None and len(codec.decoded) == 3
+    loss.backward()
+    assert _recipes._thread.last.dense is None and len(codec.decoded) == 3 + 3
+
+
+def test_maps_with_fewer_values_get_more_bits_of_the_same_budget():
+    network = nn.Sequential(*build("vgg_bn", torch.float32)[:12], *head(6))
+    ours = spectriton.compress(network, codec=BlockCodec(density=0.5, bits=3))
+    codec = ours[0].codec
+    assert codec == BlockCodec(density=0.5, bits=3) and codec.allotment is ours[3].codec.allotment
+    x = images(torch.float32, batch=64)
+
+    def saved() -> int:
+        with memory.track(model=ours) as usage:
+            Step(ours, x)
+        return usage.saved_bytes
+
+    even = saved()
+    assert not codec.allotment.settled
+    allotted = saved()
+    assert codec.allotment.settled
+    rates = codec.allotment.rates(1.5)
+    sizes = [4 * 32 * 32, 6 * 16 * 16, 6 * 8 * 8]
+    assert sorted(rates, reverse=True) == sizes
+    assert sum(n * rates[n] for n in sizes) == pytest.approx(1.5 * sum(sizes))
+    assert rates[sizes[2]] - rates[sizes[1]] == pytest.approx(2 / 3 * math.log2(4))
+    # Records are whole bytes.
+    assert abs(allotted - even) < 0.02 * even
+    assert saved() == allotted
+    # Images of another size are counted anew.
+    x = images(torch.float32, size=16, batch=64)
+    saved()
+    assert not codec.allotment.settled
+    saved()
+    assert sorted(codec.allotment.rates(1.5), reverse=True) == [n // 4 for n in sizes]
+    again = pickle.loads(pickle.dumps(ours))
+    assert again[0].codec.allotment is again[3].codec.allotment
+
+
+def test_no_budget_is_exceeded_or_left_to_nothing():
+    allotment = Allotment()
+    allotment.counts.update({1 << 20: 1, 1 << 10: 1, 16: 5})
+    rates = allotment.rates(0.25)
+    assert rates[1 << 20] >= 0.125 and rates[16] <= 8
+    assert sum(n * rates[n] * count for n, count in allotment.counts.items()) <= 0.25 * ((1 << 20) + (1 << 10) + 80)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_meets_the_same_allotment_twice(reentrant: bool):
+    _, ours = pair("vgg_bn", BlockCodec(), torch.float32)
+    x = images(torch.float32).requires_grad_()
+    for _ in range(3):
+        Step(ours, x, lambda x: ours[6:](checkpoint(ours[:6], x, use_reentrant=reentrant)))

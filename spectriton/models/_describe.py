@@ -241,7 +241,9 @@ class ResidualMaps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.branch(x)
-        y += self.shortcut(x)
+        # By a name of its own it is alive when the activation asks what the sum is made of: see spectriton.compress.
+        shortcut = self.shortcut(x)
+        y += shortcut
         maps: Tensor = self.activation(y)
         return maps
 

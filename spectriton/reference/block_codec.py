@@ -62,13 +62,13 @@ _NOTHING = -1000.0
 
 # Rounds of orthogonal iteration. More leave the coding gain as it is: components of like variance need no telling
 # apart.
-_ROUNDS = 4
+_ROUNDS = 3
 # At most this share of the budget goes to the basis, and to the classes of rows: where there are few blocks to a
 # channel, a smaller group or a coarser spectrum leaves more for the values.
 _BASIS_SHARE = 1 / 3
 _SPECTRUM_SHARE = 1 / 4
-# Blocks from which the variances of rows are taken; images beyond that are passed over.
-_SAMPLE_BLOCKS = 1024
+# At least so many blocks tell the variances and the components, as far as there are so many.
+_SAMPLE_BLOCKS = 128
 
 
 class BlockLayout(NamedTuple):
@@ -161,8 +161,8 @@ class Region(NamedTuple):
 def regions(layout: BlockLayout, workspace: int) -> Iterator[Region]:
     """Parts of the maps whose temporaries fit the workspace in bytes."""
     down, across = layout.grid
-    # Seven arrays of four bytes a value at the most.
-    row_bytes = 28 * layout.rows * across
+    # Four arrays of four bytes a value at the most.
+    row_bytes = 16 * layout.rows * across
     images = workspace // (row_bytes * down)
     if images:
         for b0 in range(0, layout.shape[0], images):
@@ -206,9 +206,11 @@ class Plan(NamedTuple):
 
     Attributes:
         change: the transform, to the components that have bits.
-        rows: ``(R,)`` int64, rows that are coded, among those of the transform.
+        rows: ``(R,)`` int64, rows that are coded, counted by component of the transform, then by kept frequency.
         width, start: ``(R,)`` int64, bits of their fields and where they begin in a record.
         deviation: ``(R,)`` float32 that their quantisers take them to have.
+        narrow: how many of the first rows have one bit, and how many have two, where the host knows.
+        kept: ``(F,)`` int64 frequencies at which some component has bits; None for all.
     """
 
     change: Transform
@@ -216,41 +218,49 @@ class Plan(NamedTuple):
     width: Tensor
     start: Tensor
     deviation: Tensor
+    narrow: tuple[int, int] = (0, 0)
+    kept: Tensor | None = None
 
 
 def fit(x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales, basis and spectrum to store for maps ``x``; see the head of this file. The device is never waited for."""
+    """Scales, basis and spectrum to store for maps ``x``; see the head of this file. The device is never waited for.
+
+    Means are those of all images, what else is needed comes from some of them, evenly spread.
+    """
     channels, groups, mix = x.shape[1], layout.groups, layout.mix
-    parts = list(regions(layout, workspace))
-    total = torch.zeros(channels, dtype=torch.float64, device=x.device)
-    low = torch.full((channels,), torch.inf, device=x.device)
-    high = -low
-    count = x.numel() // channels
-    for part in parts:
-        maps = maps_of(x, layout, part)
-        total += maps.sum((0, 2, 3), dtype=torch.float32)
-        low = torch.minimum(low, maps.amin((0, 2, 3)).to(torch.float32))
-        high = torch.maximum(high, maps.amax((0, 2, 3)).to(torch.float32))
-    mean = (total / count).to(torch.float32)
-    # Within [-1, 1] squares neither overflow nor vanish. What rounding leaves of a constant is none.
-    reach = torch.maximum(high - mean, mean - low)
-    reach = torch.where(reach <= 1e-6 * mean.abs(), 0, reach)
-    covariance = torch.zeros(groups, mix, mix, dtype=torch.float32, device=x.device)
-    for part in parts:
-        maps = _standardised(maps_of(x, layout, part), mean, _inverse(reach), layout)
-        grouped = maps.view(maps.shape[0], groups, mix, -1)
-        covariance += torch.matmul(grouped, grouped.mT).sum(0)
-    covariance /= count
+    mean = x.sum((0, 2, 3), dtype=torch.float32) / (x.numel() // channels)
+    sample = x[:: max(1, layout.blocks // _SAMPLE_BLOCKS)]
+    sampled = layout._replace(shape=(sample.shape[0], *layout.shape[1:]))
+    parts = [maps_of(sample, sampled, part) for part in regions(sampled, workspace)]
+    count = sample.numel() // channels
+    # Over the mean modulus, squares neither overflow nor vanish.
+    size = torch.zeros_like(mean)
+    for maps in parts:
+        size += (maps - mean[:, None, None]).abs_().sum((0, 2, 3), dtype=torch.float32) / count
+    # What rounding leaves of a constant is none.
+    size = torch.where(size <= 1e-6 * mean.abs(), 0, size)
+    change = Transform(mean, _inverse(size), size, None, dct_matrix(layout.edges, x.device))
+    covariance = torch.zeros(groups, mix, mix, device=x.device)
+    for maps in parts:
+        grouped = _standardised(maps, change, layout).view(groups, mix, -1)
+        covariance += torch.matmul(grouped, grouped.mT)
+    covariance /= layout.frequencies * sampled.blocks
     deviation = covariance.diagonal(dim1=1, dim2=2).sqrt()
     inverse = _inverse(deviation)
-    correlation = covariance * inverse[:, :, None] * inverse[:, None]
-    scale = reach * deviation.reshape(-1)[:channels]
+    scale = size * deviation.reshape(-1)[:channels]
     # One value that is not a number leaves nothing of its group.
     padded = functional.pad(mean + scale, (0, layout.components - channels)).view(groups, mix)
     mean = mean + (0 * padded.sum(1, keepdim=True)).expand(groups, mix).reshape(-1)[:channels]
+    change = Transform(mean, _inverse(scale), scale, None, change.dct)
+    basis = torch.empty(0, dtype=torch.int8, device=x.device)
+    if mix > 1:
+        basis = _components(covariance * inverse[:, :, None] * inverse[:, None])
+        change = change._replace(basis=_orthonormal(basis))
+    spread = torch.zeros(layout.frequencies, layout.components, device=x.device)
+    for maps in parts:
+        spread += torch.linalg.vector_norm(transform(maps, layout, change), dim=-1).square_()
+    spread = spread.T / sampled.blocks
 
-    basis = _components(correlation) if mix > 1 else correlation.new_empty(0, dtype=torch.int8)
-    spread = _variances(x, layout, workspace, mean, scale, basis, correlation)
     logs = torch.log2(spread).nan_to_num(_NOTHING, _NOTHING, _NOTHING)
     if layout.separable:
         by_component = torch.log2(spread.mean(1)).nan_to_num(_NOTHING, _NOTHING, _NOTHING).round().clamp(-100, 27)
@@ -270,13 +280,20 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0, 1 / scale)
 
 
-def _standardised(maps: Tensor, mean: Tensor, inverse: Tensor, layout: BlockLayout) -> Tensor:
-    """``(maps - mean) * inverse`` in float32, channels filled up to whole groups, edges repeated to whole blocks."""
-    batch, channels, height, width = maps.shape
-    out = maps.new_empty(batch, layout.components, height, width, dtype=torch.float32)
-    out[:, channels:] = 0
-    torch.sub(maps.to(torch.float32), mean[:, None, None], out=out[:, :channels]).mul_(inverse[:channels, None, None])
-    return out
+def _standardised(maps: Tensor, change: Transform, layout: BlockLayout) -> Tensor:
+    """``(C', n, M)`` blocks without mean and of unit deviation, float32: channels filled up to whole groups."""
+    _, channels, height, width = maps.shape
+    down, across = layout.edges
+    bottom, right = -height % down, -width % across
+    if bottom or right:
+        # Edges are repeated to whole blocks.
+        maps = functional.pad(maps, (0, right, 0, bottom), mode="replicate")
+    blocks = maps.unflatten(3, (-1, across)).unflatten(2, (-1, down)).permute(1, 0, 2, 4, 3, 5)
+    out = maps.new_empty(layout.components, *blocks.shape[1:], dtype=torch.float32)
+    out[channels:] = 0
+    own = out[:channels].copy_(blocks).view(channels, -1)
+    own.sub_(change.mean[:, None]).mul_(change.inverse[:, None])
+    return out.view(layout.components, -1, layout.frequencies)
 
 
 def _components(correlation: Tensor) -> Tensor:
@@ -299,26 +316,6 @@ def _orthonormal(basis: Tensor) -> Tensor:
     return columns
 
 
-def _variances(
-    x: Tensor, layout: BlockLayout, workspace: int, mean: Tensor, scale: Tensor, basis: Tensor, correlation: Tensor
-) -> Tensor:
-    """``(G * g, M)`` variance of each row over a sample of the images, made to add up to that over all of them."""
-    frequencies = layout.frequencies
-    columns, of_all = None, correlation.flatten()
-    if basis.numel():
-        columns = _orthonormal(basis)
-        of_all = (columns * (correlation @ columns)).sum(1).flatten()
-    change = Transform(mean, _inverse(scale), scale, columns, dct_matrix(layout.edges, x.device))
-    squares = torch.zeros(layout.components, frequencies, device=x.device)
-    sample = x[:: max(1, layout.blocks // _SAMPLE_BLOCKS)]
-    for part in regions(layout._replace(shape=(sample.shape[0], *layout.shape[1:])), workspace):
-        coefficients = transform(maps_of(sample, layout, part), layout, change)
-        squares += coefficients.square_().sum(-1).view_as(squares)
-    sampled = squares.sum(1, keepdim=True)
-    flat = torch.full_like(squares, 1 / frequencies)
-    return torch.where(sampled > 0, squares / sampled, flat) * (frequencies * of_all[:, None]).clamp_min(0)
-
-
 def _separable_logs(spectrum: Tensor, layout: BlockLayout) -> Tensor:
     """``(G * g, M)`` log2 variances from those of components and frequencies."""
     logs = spectrum.to(torch.float32)
@@ -335,7 +332,7 @@ def _water_level(logs: Tensor, bits: int) -> Tensor:
     levels = (logs[:, None] - _table(first, logs.device)).flatten()
     floor = logs.amax() - _HEADROOM
     if bits < levels.numel():
-        floor = torch.maximum(floor, levels.sort(descending=True).values[bits])
+        floor = torch.maximum(floor, levels.kthvalue(levels.numel() - bits).values)
     return floor.clamp_min(_NOTHING / 2)
 
 
@@ -371,8 +368,8 @@ def stored_transform(stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout)
 def make_plan(stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, compact: bool) -> Plan:
     """The :class:`Plan` from the scales, basis and spectrum that are stored.
 
-    ``compact`` leaves out the rows that have no bits, and the last components where they have none: less to compute,
-    but the host has to know how many.
+    ``compact`` leaves out the rows that have no bits, and the last components where they have none, and puts rows of
+    few bits first: less to compute, but the host has to know how many.
     """
     scales, _, spectrum = stored
     level = scales[-1]
@@ -380,69 +377,92 @@ def make_plan(stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout, compac
         classes = _fitting(_classes(_separable_logs(spectrum, layout).flatten(), level), layout)
     else:
         classes = torch.stack([spectrum & 15, spectrum >> 4], 1).flatten()[: layout.rows]
-    width = _lookup(CLASS_WIDTHS, classes)
-    start = width.cumsum(0) - width
-    deviation = torch.exp2((_lookup(CLASS_VARIANCE, classes) + level) / 2)
-    rows = torch.arange(layout.rows, device=scales.device)
     change = stored_transform(stored, layout)
-    if not compact:
-        return Plan(change, rows, width, start, deviation)
-    rows = torch.nonzero(width).flatten() if width.any() else rows[:1]
-    width, start, deviation = width[rows], start[rows], deviation[rows]
+    deviation = torch.exp2((_lookup(CLASS_VARIANCE, classes) + level) / 2)
+    if compact:
+        return _compact_plan(change, classes.numpy(), deviation, layout)
+    width = _lookup(CLASS_WIDTHS, classes)
+    rows = torch.arange(layout.rows, device=scales.device)
+    return Plan(change, rows, width, width.cumsum(0) - width, deviation)
+
+
+def _compact_plan(change: Transform, classes: NDArray[np.uint8], deviation: Tensor, layout: BlockLayout) -> Plan:
+    """Of small arrays, NumPy makes it in a fraction of the time."""
+    widths = np.array(CLASS_WIDTHS, dtype=np.uint8)[classes]
+    none, *narrow = np.bincount(widths, minlength=3)[:3].tolist()
+    chosen = np.argsort(widths, kind="stable")[min(none, layout.rows - 1) :]
+    width = widths[chosen].astype(np.int64)
+    start = (widths.cumsum(dtype=np.int64) - widths)[chosen]
+    component, frequency = np.divmod(chosen, layout.frequencies)
     if change.basis is not None:
-        component, frequency = rows // layout.frequencies, rows % layout.frequencies
-        group, place = component // layout.mix, component % layout.mix
-        kept = int(place.max()) + 1
-        change = change._replace(basis=change.basis[:, :, :kept].contiguous())
-        rows = (group * kept + place) * layout.frequencies + frequency
-    return Plan(change, rows, width, start, deviation)
+        group, place = np.divmod(component, layout.mix)
+        leading = int(place.max()) + 1
+        change = change._replace(basis=change.basis[:, :, :leading].contiguous())
+        component = group * leading + place
+    kept, place = np.unique(frequency, return_inverse=True)
+    return Plan(
+        change,
+        torch.from_numpy(component * len(kept) + place),
+        torch.from_numpy(width),
+        torch.from_numpy(start),
+        deviation[torch.from_numpy(chosen)],
+        (narrow[0], narrow[1]),
+        torch.from_numpy(kept),
+    )
 
 
 # -- transform ------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
-def dct_matrix(edges: tuple[int, int], device: torch.device) -> Tensor:
-    """``(M, M)`` orthonormal DCT-II of blocks, frequencies down, positions across, both row by row."""
+def _dct_matrices(edges: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Orthonormal DCT-II down and across a block, frequencies down, positions across."""
 
-    def one(size: int) -> NDArray[np.float64]:
+    def one(size: int) -> Tensor:
         k, t = np.arange(size)[:, None], np.arange(size)
         matrix = np.sqrt(2 / size) * np.cos(np.pi * k * (t + 0.5) / size)
         matrix[0] = np.sqrt(1 / size)
-        return matrix
+        return torch.from_numpy(matrix.astype(np.float32)).to(device)
 
-    return torch.from_numpy(np.kron(one(edges[0]), one(edges[1])).astype(np.float32)).to(device)
+    return one(edges[0]), one(edges[1])
+
+
+@lru_cache(maxsize=64)
+def dct_matrix(edges: tuple[int, int], device: torch.device) -> Tensor:
+    """``(M, M)`` orthonormal DCT-II of blocks, frequencies down, positions across, both row by row."""
+    return torch.kron(*_dct_matrices(edges, device))
 
 
 def transform(maps: Tensor, layout: BlockLayout, change: Transform) -> Tensor:
-    """Maps ``(b, C, h, W)`` to ``(components, M, n)`` coefficients of their ``n`` blocks."""
-    values = _standardised(maps, change.mean, change.inverse, layout)
-    (down, across), (batch, _, height, width) = layout.edges, values.shape
-    bottom, right = -height % down, -width % across
-    if bottom or right:
-        values = functional.pad(values, (0, right, 0, bottom), mode="replicate")
+    """Maps ``(b, C, h, W)`` to ``(M, components, n)`` coefficients of their ``n`` blocks."""
+    blocks = _standardised(maps, change, layout)
+    count = blocks.shape[1]
     if change.basis is not None:
-        grouped = values.view(batch, layout.groups, layout.mix, -1)
-        values = torch.matmul(change.basis.mT, grouped)
-    values = values.view(batch, -1, (height + bottom) // down, down, (width + right) // across, across)
-    # The copy runs along blocks, the product turns them.
-    blocks = values.permute(1, 0, 2, 4, 3, 5).reshape(values.shape[1], -1, layout.frequencies)
-    return torch.matmul(change.dct, blocks.mT)
+        blocks = torch.matmul(change.basis.mT, blocks.view(layout.groups, layout.mix, -1))
+    down, across = _dct_matrices(layout.edges, maps.device)
+    # Each product takes the last axis to the front.
+    values = torch.mm(across, blocks.view(-1, layout.edges[1]).T)
+    values = torch.mm(down, values.view(-1, layout.edges[0]).T)
+    return values.view(layout.frequencies, -1, count)
 
 
-def transform_back(
-    coefficients: Tensor, layout: BlockLayout, change: Transform, batch: int, size: tuple[int, int]
-) -> Tensor:
-    """The inverse of :func:`transform`: ``(batch, C, *size)`` maps."""
-    (down, across), (height, width) = layout.edges, size
-    grid = -(-height // down), -(-width // across)
-    blocks = torch.matmul(coefficients.mT, change.dct).view(-1, batch, *grid, down, across)
-    values = blocks.permute(1, 0, 2, 4, 3, 5).reshape(batch, layout.groups, -1, grid[0] * down * grid[1] * across)
+def transform_back(coefficients: Tensor, layout: BlockLayout, change: Transform, out: Tensor) -> None:
+    """The inverse of :func:`transform`: writes maps ``(b, C, h, W)`` of coefficients ``(components, F, n)``.
+
+    The DCT of ``change`` may have only the ``F`` frequencies that there are.
+    """
+    blocks = torch.matmul(coefficients.mT, change.dct)
     if change.basis is not None:
-        values = torch.matmul(change.basis, values)
-    channels = layout.shape[1]
-    maps = values.view(batch, layout.components, grid[0] * down, grid[1] * across)[:, :channels, :height, :width]
-    return torch.addcmul(change.mean[:, None, None], maps, change.scale[:, None, None])
+        blocks = torch.matmul(change.basis, blocks.view(layout.groups, -1, blocks[0].numel()))
+    batch, channels, height, width = out.shape
+    down, across = layout.edges
+    blocks = blocks.view(layout.components, batch, -(-height // down), -1, down, across)[:channels]
+    blocks.view(channels, -1).mul_(change.scale[:, None]).add_(change.mean[:, None])
+    maps = blocks.permute(1, 0, 2, 4, 3, 5)
+    if height % down or width % across:
+        copy_in_range(out, maps.flatten(4, 5).flatten(2, 3)[:, :, :height, :width])
+    else:
+        copy_in_range(out.unflatten(3, (-1, across)).unflatten(2, (-1, down)), maps)
 
 
 # -- quantiser ------------------------------------------------------------------------------------------------------
@@ -487,10 +507,14 @@ def quantise_rows(values: Tensor, plan: Plan, noise: Tensor | None) -> Tensor:
         noise: uniform in [0, 1): picks one of the two levels about each value, without bias between the extreme ones.
             By default the nearest cell is taken.
     """
+    if noise is None and plan.narrow != (0, 0):
+        return _quantise_narrow(values, plan)
     half = torch.exp2(plan.width.to(torch.float32) - 1)[:, None]
     factor = compander_factors(plan.width.device)[plan.width][:, None]
     deviation = plan.deviation[:, None]
-    code = (values.abs() * (-RATE / deviation)).expm1_().mul_(-factor).copysign_(values).floor_()
+    # exp(-x) is 1 / sigmoid(x) - 1, and faster so on a CPU.
+    code = values.abs().mul_(RATE / deviation).sigmoid_().reciprocal_().sub_(2).mul_(-factor)
+    code = code.mul_(values.sign()).floor_()
     code = torch.maximum(torch.minimum(code, half - 1, out=code), -half, out=code)
     if noise is None:
         return code.to(torch.int8).view(torch.uint8)
@@ -504,6 +528,18 @@ def quantise_rows(values: Tensor, plan: Plan, noise: Tensor | None) -> Tensor:
     return code.clamp_(max=half - 1).to(torch.int8).view(torch.uint8)
 
 
+def _quantise_narrow(values: Tensor, plan: Plan) -> Tensor:
+    """:func:`quantise_rows` to the nearest, with one threshold where there is but one."""
+    one, two = plan.narrow[0], sum(plan.narrow)
+    codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
+    codes[:one] = values[:one].floor_().clamp_(-1, 0)
+    threshold = -math.log1p(-1 / (2 * COMPANDER[1])) / RATE * plan.deviation[one:two, None]
+    codes[one:two] = values[one:two].div_(threshold).floor_().clamp_(-2, 1)
+    wide = plan._replace(width=plan.width[two:], deviation=plan.deviation[two:], narrow=(0, 0))
+    codes[two:] = quantise_rows(values[two:], wide, None).view(torch.int8)
+    return codes.view(torch.uint8)
+
+
 def _level(code: Tensor, half: Tensor) -> Tensor:
     place = torch.where(code < 0, code + 4 * half, code + 2 * half).to(torch.int32)
     return quantiser_levels(code.device).index_select(0, place.view(-1)).view(code.shape)
@@ -512,32 +548,44 @@ def _level(code: Tensor, half: Tensor) -> Tensor:
 def field_bits(plan: Plan, length: int) -> tuple[Tensor, Tensor]:
     """For each bit of a record of ``length`` bytes: the row, and which bit of its code. Bits left over repeat some."""
     bits = torch.arange(8 * length, device=plan.start.device)
-    row = torch.searchsorted(plan.start + plan.width, bits, right=True).clamp_(max=plan.start.numel() - 1)
-    return row, (bits - plan.start[row]).clamp_(max=7).to(torch.uint8)[:, None]
+    end = plan.start + plan.width
+    # Of rows that end at the same bit all but the first are empty.
+    end, order = end.sort(stable=True)
+    row = order[torch.searchsorted(end, bits, right=True).clamp_(max=end.numel() - 1)]
+    return row, (bits - plan.start[row]).clamp_(0, 7).to(torch.uint8)[:, None]
 
 
 def write_fields(codes: Tensor, bits: tuple[Tensor, Tensor]) -> Tensor:
     """Codes ``(R, n)`` to records ``(n, L)``; ``bits`` comes from :func:`field_bits`."""
     row, place = bits
     planes = codes.index_select(0, row).bitwise_right_shift_(place).bitwise_and_(1).view(-1, 8, codes.shape[1])
-    packed = planes[:, 0].clone()
-    for place_in_byte in range(1, 8):
-        packed |= planes[:, place_in_byte] << place_in_byte
-    return packed.T
+    planes <<= torch.arange(8, dtype=torch.uint8, device=codes.device)[:, None]
+    for half in (4, 2, 1):
+        planes = planes[:, :half] | planes[:, half:]
+    return planes[:, 0].T
 
 
-def read_fields(records: Tensor, plan: Plan) -> Tensor:
-    """Records ``(n, L)`` to values ``(R, n)`` float32."""
+def read_fields(records: Tensor, plan: Plan, spare: int = 0) -> Tensor:
+    """Records ``(n, L)`` to values ``(R + spare, n)`` float32, zero in the last rows."""
     packed = records.T.contiguous()
-    byte = plan.start >> 3
+    byte, shift, deviation = plan.start >> 3, (plan.start & 7)[:, None], plan.deviation[:, None]
+    levels = quantiser_levels(records.device)
+    values = torch.empty(byte.numel() + spare, packed.shape[1], device=records.device)
+    values[byte.numel() :] = 0
+    one = plan.narrow[0]
+    if one:
+        bits = packed.index_select(0, byte[:one]).bitwise_right_shift_(shift[:one].to(torch.uint8)).bitwise_and_(1)
+        high = levels[2] * deviation[:one]
+        values[:one].copy_(bits).mul_(-2 * high).add_(high)
     # A field of up to eight bits lies within two bytes.
-    window = packed.index_select(0, byte.clamp(max=packed.shape[0] - 1)).to(torch.int16)
-    window |= packed.index_select(0, (byte + 1).clamp_(max=packed.shape[0] - 1)).to(torch.int16) << 8
-    window >>= (plan.start & 7).to(torch.int16)[:, None]
-    first = (1 << plan.width).to(torch.int16)[:, None]
-    window = window.bitwise_and_(first - 1).add_(first)
-    values = quantiser_levels(records.device).index_select(0, window.to(torch.int32).view(-1))
-    return values.view(window.shape).mul_(plan.deviation[:, None])
+    window = packed.index_select(0, byte[one:].clamp(max=packed.shape[0] - 1)).to(torch.int32)
+    window |= packed.index_select(0, (byte[one:] + 1).clamp_(max=packed.shape[0] - 1)).to(torch.int32) << 8
+    first = (1 << plan.width[one:]).to(torch.int32)[:, None]
+    window = window.bitwise_right_shift_(shift[one:].to(torch.int32)).bitwise_and_(first - 1).add_(first)
+    wide = values[one : byte.numel()]
+    torch.index_select(levels, 0, window.view(-1), out=wide.view(-1))
+    wide.mul_(deviation[one:])
+    return values
 
 
 def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | None, workspace: int) -> Tensor:
@@ -551,10 +599,13 @@ def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | Non
         workspace: bound on temporaries in bytes.
     """
     bits = field_bits(plan, layout.record)
+    frequencies = _kept(plan, layout)
+    component, frequency = plan.rows // frequencies.numel(), frequencies[plan.rows % frequencies.numel()]
+    rows = frequency * _transformed(plan, layout) + component
     records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8, device=x.device)
     # Noise takes as much again.
     for part in regions(layout, workspace if seed is None else workspace // 2):
-        values = transform(maps_of(x, layout, part), layout, plan.change).flatten(0, 1).index_select(0, plan.rows)
+        values = transform(maps_of(x, layout, part), layout, plan.change).flatten(0, 1).index_select(0, rows)
         noise = None
         if seed is not None:
             block = torch.arange(part.n0, part.n1, device=x.device)
@@ -565,13 +616,24 @@ def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | Non
 
 def decode_blocks(records: Tensor, layout: BlockLayout, plan: Plan, out: Tensor, workspace: int) -> Tensor:
     """Writes the maps ``out`` ``(B, C, H, W)`` of records ``(N, L)``, and returns them. In float16 they saturate."""
-    basis = plan.change.basis
-    components = layout.groups * (layout.mix if basis is None else basis.shape[2])
+    kept, components = _kept(plan, layout), _transformed(plan, layout)
+    # Where there are no bits the spare row is read.
+    row = plan.rows.new_full((components * kept.numel(),), plan.rows.numel())
+    row[plan.rows] = torch.arange(plan.rows.numel(), device=row.device)
+    change = plan.change._replace(dct=plan.change.dct[kept])
     for part in regions(layout, workspace):
         target, own = maps_of(out, layout, part), records[part.n0 : part.n1]
-        coefficients = torch.zeros(components * layout.frequencies, own.shape[0], device=records.device)
-        coefficients.index_copy_(0, plan.rows, read_fields(own, plan))
-        coefficients = coefficients.view(components, layout.frequencies, -1)
-        size = target.shape[2], target.shape[3]
-        copy_in_range(target, transform_back(coefficients, layout, plan.change, target.shape[0], size))
+        coefficients = read_fields(own, plan, spare=1).index_select(0, row)
+        transform_back(coefficients.view(components, kept.numel(), -1), layout, change, target)
     return out
+
+
+def _kept(plan: Plan, layout: BlockLayout) -> Tensor:
+    """Frequencies at which rows are counted."""
+    return torch.arange(layout.frequencies, device=plan.rows.device) if plan.kept is None else plan.kept
+
+
+def _transformed(plan: Plan, layout: BlockLayout) -> int:
+    """Components of the transform of a plan."""
+    basis = plan.change.basis
+    return layout.groups * (layout.mix if basis is None else basis.shape[2])

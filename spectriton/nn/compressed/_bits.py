@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The ``(count,)`` uint8 values that :func:`pack` was given."""
     if bits == 8:
         return packed
-    rows = _values_of_bytes(bits, packed.device).to(torch.uint8).view(_WORDS[bits]).flatten()
+    rows = _values_of_bytes(bits, torch.uint8, packed.device).view(_WORDS[bits]).flatten()
     return rows.index_select(0, packed.int()).view(torch.uint8)[:count]
 
 
@@ -49,7 +51,7 @@ def clear(x: Tensor, packed: Tensor) -> None:
     """
     # An "and" with zeros or ones runs at the speed of memory; masked_fill_ branches at every value on a CPU.
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    masks = (_values_of_bytes(1, x.device) - 1).to(words)
+    masks = _values_of_bytes(1, words, x.device) - 1
     values = x.view(words)
     step = _CHUNK if x.is_cuda else _CHUNK_OF_CPU
     for first in range(0, len(x), step):
@@ -57,7 +59,8 @@ def clear(x: Tensor, packed: Tensor) -> None:
         part &= masks.index_select(0, packed[first // 8 : (first + step) // 8].int()).flatten()[: len(part)]
 
 
-def _values_of_bytes(bits: int, device: torch.device) -> Tensor:
-    """``(256, 8 / bits)`` int64: the values that each byte holds."""
+@lru_cache(maxsize=32)
+def _values_of_bytes(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(256, 8 / bits)``: the values that each byte holds."""
     places = torch.arange(0, 8, bits, device=device)
-    return (torch.arange(256, device=device)[:, None] >> places) & ((1 << bits) - 1)
+    return ((torch.arange(256, device=device)[:, None] >> places) & ((1 << bits) - 1)).to(dtype)

@@ -105,6 +105,24 @@ class Geometry:
         gradients: tuple[Tensor | None, ...] = aten.convolution_backward(grad, x, weight, bias, *geometry, mask)
         return gradients
 
+    def input_gradient(self, grad: Tensor, weight: Tensor, shape: list[int]) -> Tensor:
+        """Gradient of the (padded) input, of a shape."""
+        if grad.is_cuda:
+            gradient, _, _ = self.backward(grad, _stand_in(grad, shape), weight, [True, False, False])
+            assert gradient is not None
+            return gradient
+        # On a CPU the backward operator would make a dense input, though it does not look at it.
+        left_over = [
+            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for size, out, stride, padding, dilation, kernel in zip(
+                shape[-2:], grad.shape[-2:], self.stride, self.padding, self.dilation, weight.shape[-2:], strict=True
+            )
+        ]
+        transposed: Tensor = aten.convolution(
+            grad, weight, None, self.stride, self.padding, self.dilation, True, left_over, self.groups
+        )
+        return transposed
+
 
 class Convolution(Function):
     """``nn.Conv2d`` that keeps a recipe of its input."""
@@ -143,9 +161,8 @@ class Convolution(Function):
                 left, right, top, bottom = geometry.pad.pads
                 shape[-1] += left + right
                 shape[-2] += top + bottom
-            stand_in = _stand_in(grad, shape)
-            grad_x, _, _ = geometry.backward(grad, stand_in, weight.to(grad.dtype), [True, False, False])
-            if geometry.pad is not None and grad_x is not None:
+            grad_x = geometry.input_gradient(grad, weight.to(grad.dtype), shape)
+            if geometry.pad is not None:
                 grad_x = geometry.pad.adjoint(grad_x, ctx.shape)
         return grad_x, grad_weight, grad_bias, None, None
 

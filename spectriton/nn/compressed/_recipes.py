@@ -7,6 +7,7 @@ it; the next module finds the recipe there and keeps the same storage instead of
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,9 @@ __all__ = ["Derived", "Exact", "Recipe", "Stored", "keep", "kept", "known_recipe
 #: Maps with fewer values than this take :meth:`Codec.for_small_maps`: of 3x3 frequencies there is nothing to leave out.
 SMALLEST_MAP = 16
 
+#: A residual sum is rebuilt from at most so many encoded copies, else encoded itself: each costs time to decode.
+MOST_COPIES = 3
+
 _NOTE = "_spectriton_note"
 
 
@@ -30,6 +34,7 @@ class Exact:
     """A tensor that is kept as it is."""
 
     held = True
+    copies = 0
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensors: tuple[Tensor, ...] = (tensor,)
@@ -44,29 +49,83 @@ class Exact:
         return self.tensors[0].detach().to(dtype, copy=own)
 
 
+class _Uses:
+    """How many nodes of the graph hold some maps, and how many of them are still to come in this backward."""
+
+    __slots__ = ("count", "left")
+
+    def __init__(self) -> None:
+        self.count = self.left = 0
+
+
+class _Last:
+    """The dense maps that were decoded last, while other nodes are to use them in the same backward."""
+
+    __slots__ = ("dense", "key")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.key: tuple[_Uses, torch.dtype, int] | None = None
+        self.dense: Tensor | None = None
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.last = _Last()
+
+
+_thread = _Thread()
+
+
 class Stored:
     """Maps that a codec has encoded.
+
+    A batch norm decodes what the convolution behind it has decoded just before: dense maps stay until the last node
+    that holds their encoded form has had them, others are decoded, or backward ends.
 
     Attributes:
         held: some node of the graph keeps them until backward, so that using them again costs no storage.
     """
 
-    def __init__(self, encoded: Encoded) -> None:
+    copies = 1
+
+    def __init__(self, encoded: Encoded, uses: _Uses | None = None) -> None:
         self.encoded = encoded
-        self.held = False
+        self.uses = uses or _Uses()
+
+    @property
+    def held(self) -> bool:
+        return self.uses.count > 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(self.encoded.tensors)
 
     def with_tensors(self, tensors: Sequence[Any]) -> Stored:
-        return Stored(self.encoded.with_tensors(tuple(tensors)))
+        return Stored(self.encoded.with_tensors(tuple(tensors)), self.uses)
 
     def hold(self) -> None:
-        self.held = True
+        self.uses.count += 1
 
     def decode(self, dtype: torch.dtype, own: bool = False) -> Tensor:
-        return self.encoded.decode(dtype)
+        last, uses, backward = _thread.last, self.uses, torch._C._current_graph_task_id()
+        key = (uses, dtype, backward)
+        dense = last.dense if last.key == key else None
+        if dense is None:
+            last.clear()
+            dense = self.encoded.decode(dtype)
+            uses.left = uses.count
+        uses.left -= 1
+        if uses.left <= 0 or backward < 0:
+            last.clear()
+            return dense
+        if last.key is None:
+            last.key, last.dense = key, dense
+            # For nodes that are not run in this backward.
+            torch.autograd.Variable._execution_engine.queue_callback(last.clear)
+        return dense.clone() if own else dense
 
 
 class Derived:
@@ -93,6 +152,10 @@ class Derived:
     def held(self) -> bool:
         return self.source.held
 
+    @property
+    def copies(self) -> int:
+        return self.source.copies
+
     def with_tensors(self, tensors: Sequence[Any]) -> Derived:
         count = len(tensors) - len(self.own)
         return Derived(self.source.with_tensors(tensors[:count]), self.step, tensors[count:])
@@ -104,9 +167,46 @@ class Derived:
         return self.step(self.source.decode(dtype, own=True), self.own)
 
 
-#: All three have ``tensors`` (flat, for ``save_for_backward``), ``with_tensors`` (the same around other tensors),
-#: ``hold`` and ``held``, and ``decode(dtype, own)``, which gives the dense tensor, to be written to only with ``own``.
-Recipe = Exact | Stored | Derived
+class Added:
+    """The sum of two tensors that have recipes.
+
+    Args:
+        first, second: their recipes; what is decoded last may be wanted again soon, see :class:`Stored`.
+    """
+
+    def __init__(self, first: Recipe, second: Recipe) -> None:
+        self.first = first
+        self.second = second
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.first.tensors + self.second.tensors
+
+    @property
+    def held(self) -> bool:
+        return self.first.held and self.second.held
+
+    @property
+    def copies(self) -> int:
+        return self.first.copies + self.second.copies
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Added:
+        count = len(self.first.tensors)
+        return Added(self.first.with_tensors(tensors[:count]), self.second.with_tensors(tensors[count:]))
+
+    def hold(self) -> None:
+        self.first.hold()
+        self.second.hold()
+
+    def decode(self, dtype: torch.dtype, own: bool = False) -> Tensor:
+        total = self.first.decode(dtype, own=True)
+        return total.add_(self.second.decode(dtype))
+
+
+#: All four have ``tensors`` (flat, for ``save_for_backward``), ``with_tensors`` (the same around other tensors),
+#: ``hold`` and ``held``, ``copies`` (how many have to be decoded), and ``decode(dtype, own)``, which gives the dense
+#: tensor, to be written to only with ``own``.
+Recipe = Exact | Stored | Derived | Added
 
 
 class _Note:
@@ -115,10 +215,11 @@ class _Note:
     A recipe of None says only that modules computed the tensor, so that nobody else keeps it alive.
     """
 
-    __slots__ = ("recipe", "scope", "shape", "version")
+    __slots__ = ("__weakref__", "recipe", "scope", "shape", "tensor", "version")
 
     def __init__(self, x: Tensor, recipe: Recipe | None) -> None:
         self.recipe = recipe
+        self.tensor = weakref.ref(x)
         self.version = x._version
         self.shape = x.shape
         hooks = _hooks()
@@ -126,11 +227,14 @@ class _Note:
         self.scope = None if hooks is None else weakref.ref(hooks)
 
     def holds_for(self, x: Tensor) -> bool:
+        return self.version == x._version and self.shape == x.shape and self.in_scope()
+
+    def in_scope(self) -> bool:
+        """Whether it was made under the present saved-tensor hooks."""
         # Checkpointing runs the same modules twice, once with noted inputs and once without, and wants the same tensors
         # saved both times: what was noted under other hooks than the present ones does not count.
         hooks = _hooks()
-        same_hooks = hooks is None if self.scope is None else hooks is not None and self.scope() is hooks
-        return self.version == x._version and self.shape == x.shape and same_hooks
+        return hooks is None if self.scope is None else hooks is not None and self.scope() is hooks
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A tensor that is saved to a file takes its attributes along. The note is of no use there, and an empty set is
@@ -144,9 +248,19 @@ def _hooks() -> Callable[[Tensor], Any] | None:
     return None if hooks is None else hooks[0]
 
 
+def _metadata(node: Any) -> dict[str, Any]:
+    """What Python may attach to a node of the graph."""
+    attached: dict[str, Any] = node.metadata
+    return attached
+
+
 def leave_note(x: Tensor, recipe: Recipe | None) -> None:
     """Let whoever gets ``x`` next know how it can be rebuilt."""
-    setattr(x, _NOTE, _Note(x, recipe))
+    note = _Note(x, recipe)
+    setattr(x, _NOTE, note)
+    if x.grad_fn is not None:
+        # Weakly: the graph may outlive what is kept for backward.
+        _metadata(x.grad_fn)[_NOTE] = weakref.ref(note)
 
 
 def _note(x: Tensor) -> _Note | None:
@@ -169,15 +283,45 @@ def recipe_of(x: Tensor, codec: Codec, *, overwritten: bool = False) -> Recipe:
         overwritten: ``x`` will be changed in place.
     """
     note = _note(x)
-    if note is not None and note.recipe is not None:
-        return note.recipe
+    recipe = _recipe_of_sum(x) if note is None else note.recipe
+    if recipe is not None:
+        return recipe
     is_input = x.is_leaf and note is None
     if is_input or not x.numel():
         return Exact(x.detach().clone() if overwritten else x if x.is_leaf else x.detach())
     if x.shape[-2] * x.shape[-1] < SMALLEST_MAP:
         codec = codec.for_small_maps()
     with torch.no_grad(), without_autocast(x.device):
-        recipe = Stored(codec.encode(x.detach()))
+        stored = Stored(codec.encode(x.detach()))
+    leave_note(x, stored)
+    return stored
+
+
+def _recipe_of_sum(x: Tensor) -> Recipe | None:
+    """The recipe of a sum of two tensors that have recipes and are alive, as residual blocks make it."""
+    node = x.grad_fn
+    if node is None or node.name() != "AddBackward0" or getattr(node, "_saved_alpha", None) != 1:
+        return None
+    terms, changes = [], 0
+    for term, output in node.next_functions:
+        if term is None or output:
+            return None
+        reference = _metadata(term).get(_NOTE)
+        note: _Note | None = None if reference is None else reference()
+        tensor = None if note is None else note.tensor()
+        if note is None or tensor is None or note.recipe is None or tensor.shape != x.shape or not note.in_scope():
+            return None
+        if tensor is x:
+            # The sum in place is one change.
+            changes = note.version + 1
+        elif not note.holds_for(tensor):
+            return None
+        terms.append((term._sequence_nr(), note.recipe))
+    if len(terms) != 2 or x._version != changes or sum(recipe.copies for _, recipe in terms) > MOST_COPIES:
+        return None
+    # What was made last comes first in backward.
+    terms.sort(key=lambda term: term[0])
+    recipe = Added(terms[0][1], terms[1][1])
     leave_note(x, recipe)
     return recipe
 
