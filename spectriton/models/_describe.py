@@ -144,10 +144,12 @@ class Options:
             the network. Of the settings below only ``workspace`` is looked at then.
         input_threshold: the threshold for the images themselves; few channels cost little, so all is kept by default.
         activation: see :class:`spectriton.nn.SpecBlock`. With "relu" all frequencies meet in each block; maximum
-            pooling behind it is taken in the same pass.
+            pooling behind it is taken in the same pass. None for relu behind a batch norm, whose pass makes the maps
+            that it works on, and tanh elsewhere.
         activation_scale: initial value of the learnt scale of the activation, in units of the ortho spectrum; None for
             no scale.
-        normed_activation_scale: the same behind a batch norm, which brings maps to unit deviation.
+        normed_activation_scale: the same behind a batch norm, which brings maps to unit deviation, for activations
+            other than relu.
         value_dtype: format of the kept values; None for the precision of the network.
         workspace: bound on temporaries in bytes.
     """
@@ -156,7 +158,7 @@ class Options:
     density: float | None = None
     paper: bool = False
     input_threshold: float = 0.0
-    activation: str = "tanh"
+    activation: str | None = None
     activation_scale: float | None = 10.0
     normed_activation_scale: float | None = 3.0
     value_dtype: torch.dtype | str | None = "float16"
@@ -174,7 +176,8 @@ class Options:
             if name not in known:
                 fail(op, "option", repr(name), f"one of {', '.join(known)}", "check the spelling", TypeError)
         settings = cls(**options)
-        check_choice(op, "activation", settings.activation, ACTIVATIONS)
+        if settings.activation is not None:
+            check_choice(op, "activation", settings.activation, ACTIVATIONS)
         if settings.paper:
             return cls(
                 threshold=settings.threshold,
@@ -187,6 +190,16 @@ class Options:
                 workspace=settings.workspace,
             )
         return settings
+
+    def normed(self, layer: Conv) -> bool:
+        """Whether the block of a convolution has a batch norm."""
+        return (layer.norm or layer.deferred) and not self.paper
+
+    def activation_of(self, layer: Conv) -> str:
+        """What follows a convolution."""
+        if not (layer.activation or layer.deferred):
+            return "identity"
+        return self.activation or ("relu" if self.normed(layer) else "tanh")
 
     def rule(self) -> dict[str, Any]:
         """Keywords of the thresholding rule for layers."""
@@ -327,9 +340,8 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
         if isinstance(layer, Conv):
             enter(layer.name)
             margin = (layer.kernel_size - 1) // 2 - layer.pad
-            pool, kind = None, options.activation
-            active = layer.activation or layer.deferred
-            if active and kind == "relu" and isinstance(following, Pool) and following.kind == "max":
+            pool, kind = None, options.activation_of(layer)
+            if kind == "relu" and isinstance(following, Pool) and following.kind == "max":
                 # Maximum and ReLU commute: both are taken of the same maps, or the smaller maps are rectified.
                 taken = isinstance(after, (Conv, Dense)) and not following.padding and margin <= 0
                 rectified = not isinstance(after, (Conv, Dense)) or (margin > 0 and not following.padding)
@@ -350,7 +362,7 @@ def spectral_network(layers: Sequence[Layer], options: Options) -> nn.Sequential
                     layer,
                     lambda branch: nn.Sequential(
                         OrderedDict(
-                            (conv.name, _block(conv, options, options.activation))
+                            (conv.name, _block(conv, options, options.activation_of(conv)))
                             for conv in branch
                             if isinstance(conv, Conv)
                         )
@@ -403,15 +415,14 @@ def _numbered(
 
 def _block(layer: Conv, options: Options, activation: str, pool: Pool | None = None) -> snn.SpecBlock:
     """The packed block of a convolution; ``pool`` is the maximum pooling that it takes in."""
-    active = layer.activation or layer.deferred
-    normed = (layer.norm or layer.deferred) and not options.paper
+    normed = options.normed(layer)
     scale = options.normed_activation_scale if normed else options.activation_scale
     return snn.SpecBlock(
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
-        activation=activation if active else "identity",
-        activation_scale=scale if active and options.activation != "relu" else None,
+        activation=activation,
+        activation_scale=None if activation in ("identity", "relu") else scale,
         groups=layer.groups,
         bias=layer.bias,
         value_dtype=options.value_dtype,
