@@ -60,7 +60,7 @@ ROWS = {
     "exact": Row(),
     "bf16": Row(amp="bf16"),
     "checkpointing": Row(checkpointed=True),
-    **{f"dct {bits:g}": Row(_blocks(bits)) for bits in (2, 1.5, 1, 0.5)},
+    **{f"dct {bits:g}": Row(_blocks(bits)) for bits in (2, 1.75, 1.5, 1, 0.5)},
     "dct+bf16 1": Row(_blocks(1), amp="bf16"),
     "fft 1.5": Row({"transform": "fft", "density": 0.25, "bits": 4}),
     **{f"quantise {bits}": Row({"transform": "none", "bits": bits}) for bits in (4, 2, 1)},

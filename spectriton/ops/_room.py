@@ -13,6 +13,7 @@ what they would have needed; tiles that do not fit are left empty. When the coun
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,12 +80,39 @@ class _Packing(NamedTuple):
 
 _in_force: ContextVar[Room | None] = ContextVar("spectriton_room", default=None)
 # Under this name among what PyTorch hands from a thread to those of its backward passes, where gradient checkpointing
-# packs again: a list of _Packing while counts are looked at later, else None. Other threads are none the wiser.
+# packs again: the thread's _Holder. Other threads are none the wiser.
 _DEFERRED = "spectriton.deferred_packing"
 
 
-def _deferred() -> list[_Packing] | None:
+class _Holder:
+    """What a thread has packed while counts are looked at later; None at other times."""
+
+    packings: list[_Packing] | None = None
+
+
+_own = threading.local()
+# PyTorch lets go of what it is handed without having taken hold of it (seen in 2.11): a reference to spare for each time.
+_references: list[_Holder] = []
+
+
+def _handed_on() -> _Holder | None:
     return torch._C._get_obj_in_tls(_DEFERRED) if torch._C._is_key_in_tls(_DEFERRED) else None
+
+
+def _holder_of_thread() -> _Holder:
+    holder: _Holder | None = getattr(_own, "holder", None)
+    if holder is None:
+        holder = _own.holder = _Holder()
+        _references.append(holder)
+    if _handed_on() is not holder:
+        _references.append(holder)
+        torch._C._stash_obj_in_tls(_DEFERRED, holder)
+    return holder
+
+
+def _deferred() -> list[_Packing] | None:
+    holder = _handed_on()
+    return None if holder is None else holder.packings
 
 
 def with_room(room: Room, op: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -150,12 +178,12 @@ def deferred_packing() -> Iterator[None]:
     if is_deferred():
         yield
         return
-    packings: list[_Packing] = []
-    torch._C._stash_obj_in_tls(_DEFERRED, packings)
+    holder = _holder_of_thread()
+    packings = holder.packings = []
     try:
         yield
     finally:
-        torch._C._stash_obj_in_tls(_DEFERRED, None)
+        holder.packings = None
         _look_at(packings)  # incomplete results may be the reason of another error, which becomes the context of this
 
 
