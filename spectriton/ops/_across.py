@@ -1,7 +1,7 @@
 """Pooling of maps whose planes stand innermost in memory, ``(H, W, n)``: whole runs of planes go through each step.
 
-Codes are bit planes, tile by tile of planes, so that chunks of other sizes may read them: of each tile the lowest bit of
-all outputs ``(Ho, Wo, tile)``, then the next. Full tiles take whole bytes.
+Codes are bit planes, tile by tile of planes, so that chunks of other sizes may read them: of each tile the lowest bit
+of all outputs ``(Ho, Wo, tile)``, then the next. Full tiles take whole bytes.
 """
 
 from __future__ import annotations

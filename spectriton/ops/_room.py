@@ -91,7 +91,7 @@ class _Holder:
 
 
 _own = threading.local()
-# PyTorch lets go of what it is handed without having taken hold of it (seen in 2.11): a reference to spare for each time.
+# PyTorch lets go of what it is handed without having taken hold of it (seen in 2.11): one to spare for each time.
 _references: list[_Holder] = []
 
 
