@@ -10,6 +10,7 @@
 #   summary.txt   what ran, exit codes, seconds       log.txt       all that the steps print
 #   build.json    registers, spills, load widths      bench.json    pytest-benchmark
 #   bench.md/png  table and plot of it                memory*.json  a training step of networks and twins
+#   compress-step.json/md  a training step of networks with compressed maps
 #   <gpu>-triton-<version>.json   tuned configurations; what runs here does not use them
 #
 # A step that fails or runs out of time does not stop those after it; the exit status is 1 then. The whole ends within
@@ -190,6 +191,10 @@ if [ -n "$gpu" ] && [ "$quick" = 0 ]; then
     --batch 64 --json "$out/memory-vgg16.json"
   step memory-densenet 40 "$python" -m bench.step_memory --model densenet --image-size 32 --json "$out/memory-densenet.json"
 fi
+# Begins nothing new after so many seconds, and writes what there is; by itself, with more, it finds the largest batches.
+steps=("$python" -m bench.compress_step --seconds $((quick ? 8 : 55)) --json "$out/compress-step.json")
+if [ "$quick" = 1 ]; then steps+=(--models vgg16_bn); fi
+step compress-step $((quick ? 25 : 80)) "${steps[@]}"
 room=$(($(left) - (quick ? 15 : 40)))
 if ((room < 10)); then room=10; fi
 export BENCH_SECONDS=${BENCH_SECONDS:-$room}

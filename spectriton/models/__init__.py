@@ -37,6 +37,7 @@ NETWORKS = {
     "vgg16": Network(vgg.describe, vgg.initialise),
     "vgg16_bn": Network(partial(vgg.describe, norm=True), vgg.initialise),
     "resnet18": Network(resnet.describe, resnet.initialise),
+    "resnet50": Network(partial(resnet.describe, blocks=(3, 4, 6, 3), bottleneck=True), resnet.initialise),
     "densenet": _densenet((16, 16, 16), 12),
     "densenet40": _densenet((6, 6, 6), 12),
     "densenet22": _densenet((3, 3, 3), 12),
@@ -65,8 +66,8 @@ def build(
     Args:
         name: ``"lenet"``, ``"alexnet"``, ``"vgg16"``, ``"vgg16_bn"`` (with batch norm), ``"densenet"`` (BC, 100 layers,
             growth 12, for small images), ``"densenet40"`` or ``"densenet22"`` (the same with fewer layers),
-            ``"densenet121"`` or ``"densenet169"``, ``"resnet18"`` (spatial only). Images below 64 pixels (for
-            ``"resnet18"``, up to 64) get the small-image form of the networks for ImageNet.
+            ``"densenet121"`` or ``"densenet169"``, ``"resnet18"`` or ``"resnet50"`` (spatial only). Images below 64
+            pixels (for ResNets, up to 64) get the small-image form of the networks for ImageNet.
         variant: ``"spatial"`` is the original as users run it, ``"spectral"`` the twin with packed feature maps.
         num_classes, in_channels, image_size: of the data; images are square.
         width: multiplies the numbers of channels (the growth rate of a DenseNet) and of hidden features.

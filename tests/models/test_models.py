@@ -31,6 +31,7 @@ def test_lenet_is_the_published_one():
         ("vgg16_bn", 32, 10, 14_728_266),
         ("resnet18", 224, 1000, 11_689_512),
         ("resnet18", 32, 10, 11_173_962),
+        ("resnet50", 224, 1000, 25_557_032),
         ("densenet", 32, 10, 769_162),
         ("densenet40", 32, 10, 176_122),
         ("densenet121", 224, 1000, 7_978_856),
@@ -60,6 +61,7 @@ def test_originals_take_small_and_large_images(name: str, size: int):
         ("vgg16", 224, {"conv1_1": 224, "conv3_3": 56, "conv5_3": 14, "pool5": 7}),
         ("resnet18", 64, {"conv1": 64, "layer1_2": 64, "layer2_1": 32, "layer4_2": 8}),
         ("resnet18", 224, {"conv1": 112, "pool1": 56, "layer1_1": 56, "layer4_2": 7}),
+        ("resnet50", 224, {"pool1": 56, "layer1_3": 56, "layer2_1.branch.conv1": 56, "layer2_4": 28, "layer4_3": 7}),
         ("densenet", 32, {"conv0": 32, "block1": 32, "block2": 16, "block3": 8}),
         ("densenet121", 32, {"conv0": 32, "block1": 32, "block4": 4}),
         ("densenet121", 224, {"conv0": 112, "pool0": 56, "block1": 56, "transition1_pool": 28, "block4": 7}),
@@ -138,6 +140,16 @@ def test_residual_sums():
     assert isinstance(network.layer2_2.shortcut, nn.Identity)
 
 
+def test_bottlenecks():
+    torch.manual_seed(0)
+    block = models.build("resnet50", "spatial", 10, 1, 28, width=0.0625).eval().layer2_1
+    assert [block.branch[name].kernel_size[0] for name in (0, 2, 4)] == [1, 3, 1]
+    x = torch.randn(2, 16, 9, 9)
+    y = block.branch.conv2(block.branch.conv1(x).relu()).relu()
+    assert y.shape == (2, 8, 5, 5)
+    torch.testing.assert_close(block(x), (block.branch.conv3(y) + block.shortcut.shortcut(x)).relu())
+
+
 @pytest.mark.parametrize("size", [12, 28, 29, 32])
 @pytest.mark.parametrize("variant", ["spatial", "spectral"])
 def test_shapes_and_gradients(size: int, variant: str):
@@ -214,6 +226,7 @@ def test_twin_saves_less():
         ("vgg16", {"image_size": 28}, ValueError, "at least 32"),
         ("densenet", {"image_size": 3}, ValueError, "at least 4"),
         ("resnet18", {}, ValueError, "residual sums.*spectriton.compress"),
+        ("resnet50", {}, ValueError, "residual sums.*spectriton.compress"),
         ("lenet", {"width": 0.0}, ValueError, "width got 0"),
         ("lenet", {"width": "half"}, ValueError, "width got half"),
         ("lenet", {"treshold": 0.5}, TypeError, "option got 'treshold'"),
