@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from spectriton.nn.compressed import _functions as functions
 from spectriton.nn.compressed._recipes import SMALLEST_MAP, Derived, known_recipe, leave_note, recipe_of
+from spectriton.ops._maps import Window, is_channels_last
 
 if TYPE_CHECKING:
     from spectriton.codec import Codec
@@ -108,13 +109,12 @@ class _Rectifier(nn.Module):
         if not _differentiable(input):
             return _constant(super().forward(input))
         rectifier = self._rectifier()
-        with torch.no_grad():
-            outside = rectifier.outside(input)
         recipe = recipe_of(input, self.codec, overwritten=self.inplace)
-        step = partial(rectifier.rebuild, channels_last=functions.is_channels_last(input))
-        y: Tensor = functions.Rectify.apply(input, outside, rectifier, self.inplace)
+        step = partial(rectifier.rebuild, channels_last=is_channels_last(input))
+        y, outside = functions.Rectify.apply(input, rectifier, self.inplace)
         leave_note(y, Derived(recipe, step, [outside]))
-        return y
+        result: Tensor = y
+        return result
 
 
 class CompressedReLU(_Rectifier, nn.ReLU):
@@ -218,14 +218,15 @@ class CompressedMaxPool2d(nn.MaxPool2d):
     codec: Codec
 
     def forward(self, input: Tensor) -> Any:
-        window = functions.Window(
+        window = Window(
             _pair(self.kernel_size), _pair(self.stride), _pair(self.padding), _pair(self.dilation), self.ceil_mode
         )
         if self.return_indices or window.positions > 256 or not _differentiable(input) or not input.numel():
             y = super().forward(input)
             return y if self.return_indices else _constant(y)
         y, codes = functions.MaxPool.apply(input, window)
-        _note_pooled(input, y, partial(window.gather, outputs=y.shape), codes)
+        step = partial(functions.pool_again, window=window, outputs=y.shape, channels_last=is_channels_last(y))
+        _note_pooled(input, y, step, codes)
         return y
 
 
