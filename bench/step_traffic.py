@@ -227,10 +227,10 @@ PARTS = {
     ("block_codec.py", "make_plan"): "tables of the codec",
     ("block_codec.py", "encode_blocks"): "encoding",
     ("block_codec.py", "decode_blocks"): "decoding",
-    ("_functions.py", "normalise"): "batch norm, again",
     ("_functions.py", "Rectify.forward"): "ReLU and its bits",
     ("_functions.py", "Rectify.backward"): "backward of ReLU, from its bits",
-    ("_functions.py", "Rectifier.rebuild"): "ReLU, again",
+    ("_functions.py", "Rebuild.__call__"): "batch norm and ReLU, again",
+    ("_functions.py", "Rectifier.again"): "batch norm and ReLU, again",
     ("_functions.py", "MaxPool.forward"): "maximum pooling",
     ("_functions.py", "MaxPool.backward"): "maximum pooling",
     ("_functions.py", "pool_again"): "maximum pooling, again",
@@ -330,7 +330,7 @@ def _forget_constants() -> None:
 
 
 #: Kernels that a step with compressed maps launches.
-OF_MAPS = ("encode_blocks", "decode_blocks", "rectify", "clear_outside", "pool_maxima", "spread_maxima")
+OF_MAPS = ("encode_blocks", "decode_blocks", "rectify", "clear_outside", "rebuild", "pool_maxima", "spread_maxima")
 
 
 def instructions() -> dict[str, float]:

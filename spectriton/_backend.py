@@ -17,6 +17,7 @@ from spectriton._mixing import EmbeddedMixing, Mixing
 from spectriton.frequencies import FrequencyGrid
 from spectriton.reference import RowPattern, TileIndex, bits, block_codec, max_pool
 from spectriton.reference.pattern import channel_of
+from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.reference.rounding import noise_key
 from spectriton.reference.spectral_activation import activate_backward
 from spectriton.reference.unpack import read_values, take_values
@@ -90,6 +91,7 @@ class Backend:
     rows_of_maps = staticmethod(reference.rows_of_maps)
     rectify = staticmethod(bits.rectify)
     clear_outside = staticmethod(bits.clear_outside)
+    rebuild = staticmethod(rebuild)
     pool_maxima = staticmethod(max_pool.pool_maxima)
     pool_maxima_again = staticmethod(max_pool.pool_maxima_again)
     spread_maxima = staticmethod(max_pool.spread_maxima)
@@ -318,6 +320,20 @@ class TritonBackend(Backend):
         flat, result = ((maps.permute(0, 2, 3, 1) if channels_last else maps).view(-1) for maps in (dense, out))
         self._kernels.clear_outside(flat, outside, result)
         return out
+
+    def rebuild(
+        self,
+        x: Tensor,
+        statistics: Statistics,
+        eps: float | None,
+        outside: Tensor | None,
+        channels_last: bool,
+        inplace: bool,
+    ) -> Tensor:
+        """As the reference's, but that a batch norm alone leaves the maps in the order of the bits, too."""
+        dense = x.contiguous(memory_format=_format(channels_last))
+        out = dense if inplace or dense is not x else torch.empty_like(dense)
+        return self._kernels.rebuild(dense, statistics, eps, outside, channels_last, out)
 
     def pool_maxima(self, x: Tensor, window: max_pool.Window) -> tuple[Tensor, Tensor]:
         """As the reference's, without positions of 64 bits where the kernels take the window."""

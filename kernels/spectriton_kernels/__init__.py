@@ -9,6 +9,7 @@ from .complex_product import complex_product
 from .kernel_spectrum import kernel_spectrum, kernel_spectrum_adjoint
 from .max_pool import can_pool, pool_maxima, pool_maxima_again, spread_maxima
 from .pack import gather_rows, pack_rows
+from .rebuild import rebuild
 from .sign_bits import clear_outside, rectify
 from .spectral_activation import spectral_activation, spectral_activation_backward
 from .unpack import unpack_planes, unpack_rows
@@ -26,6 +27,7 @@ __all__ = [
     "pack_rows",
     "pool_maxima",
     "pool_maxima_again",
+    "rebuild",
     "rectify",
     "spectral_activation",
     "spectral_activation_backward",

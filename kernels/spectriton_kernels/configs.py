@@ -317,6 +317,7 @@ ENCODE_BLOCKS = Tunable("encode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, s
 
 RECTIFY = Tunable("rectify", ("values",), _STREAMS, _stream)
 CLEAR_OUTSIDE = Tunable("clear_outside", ("values",), _STREAMS, _stream)
+REBUILD = Tunable("rebuild", ("rows", "columns"), _STREAMS, _stream)
 # Of the maxima, or of the maps for their gradient: rows and columns of memory, then the window.
 _POOLED_SIZES = ("rows", "columns", "window rows", "window columns")
 _POOLS = tuple(Stream(*numbers) for numbers in ((2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8)))
@@ -341,6 +342,7 @@ TUNABLES: dict[str, Tunable[Any]] = {
         ENCODE_BLOCKS,
         RECTIFY,
         CLEAR_OUTSIDE,
+        REBUILD,
         POOL_MAXIMA,
         SPREAD_MAXIMA,
     )

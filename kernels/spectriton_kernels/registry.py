@@ -17,6 +17,7 @@ from .complex_product import plan_complex_product
 from .kernel_spectrum import plan_kernel_spectrum, plan_kernel_spectrum_adjoint
 from .max_pool import plan_pool_maxima, plan_spread_maxima
 from .pack import plan_gather_rows, plan_pack_rows
+from .rebuild import plan_rebuild
 from .sign_bits import plan_clear_outside, plan_rectify
 from .spectral_activation import KINDS, plan_spectral_activation, plan_spectral_activation_backward
 from .unpack import plan_unpack_planes, plan_unpack_rows
@@ -207,6 +208,13 @@ def _clear_outside(dtype: torch.dtype, config: Any = None) -> Launch:
     return plan_clear_outside(x, _bits_of(x), x, config)
 
 
+def _rebuild(dtype: torch.dtype, norm: bool, channels_last: bool, config: Any = None) -> Launch:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = _meta(BATCH, CHANNELS, HEIGHT, WIDTH, dtype=dtype).to(memory_format=layout)
+    statistics = tuple(_meta(CHANNELS) if norm else None for _ in range(4))
+    return plan_rebuild(x, statistics, None, _bits_of(x), channels_last, x, config)
+
+
 def _pool(name: str, dtype: torch.dtype, edge: int, channels_last: bool, config: Any = None) -> Launch:
     """Windows of 2x2, or of 3x3 that overlap."""
     padding = edge - 2
@@ -241,6 +249,7 @@ CORE = frozenset(
         "encode_blocks fp32 64 channels 8x8",
         "rectify bf16",
         "clear_outside bf16",
+        "rebuild bf16",
         "pool_maxima bf16 3x3",
         "spread_maxima bf16 3x3",
     }
@@ -319,6 +328,9 @@ def examples() -> list[Example]:
         add(f"rectify {short}", _rectify, dtype, float("inf"), loads=True, stores=True)
         add(f"clear_outside {short}", _clear_outside, dtype, loads=True, stores=True)
     add("rectify bf16 limited", _rectify, brain, 6.0, loads=True, stores=True)
+    add("rebuild bf16", _rebuild, brain, True, True, loads=True, stores=True)
+    add("rebuild bf16 without norm", _rebuild, brain, False, True, loads=True, stores=True)
+    add("rebuild fp32 contiguous", _rebuild, single, True, False, loads=True, stores=True)
     for name in ("pool_maxima", "pool_maxima again", "spread_maxima"):
         for edge in (2, 3):
             add(f"{name} bf16 {edge}x{edge}", _pool, name, brain, edge, True)

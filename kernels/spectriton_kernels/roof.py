@@ -144,6 +144,7 @@ WORK = {
     ),
     "rectify": _maps(0, 2, 2 + 1 / 8, "rectify bf16"),
     "clear_outside": _maps(0, 2 + 1 / 8, 2, "clear_outside bf16"),
+    "rebuild": _maps(0, 2 + 1 / 8, 2, "rebuild bf16"),
     # A quarter as many maxima, with codes of 2 or 4 bits.
     "pool_maxima": _maps(0, 2, 2 / 4 + 1 / 8, "pool_maxima bf16 3x3", "pool_maxima bf16 2x2"),
     "spread_maxima": _maps(2, 2 / 4 + 1 / 8, 2, "spread_maxima bf16 3x3", "spread_maxima bf16 2x2"),

@@ -10,8 +10,10 @@ from torch import Tensor
 from spectriton._backend import backend
 from spectriton.reference.bits import clear, is_channels_last, outside, pack, unpack
 from spectriton.reference.max_pool import Window
+from spectriton.reference.rebuild import Statistics
 
 __all__ = [
+    "Statistics",
     "Window",
     "clear",
     "clear_outside",
@@ -20,6 +22,7 @@ __all__ = [
     "pack",
     "pool_maxima",
     "pool_maxima_again",
+    "rebuild",
     "rectify",
     "spread_maxima",
     "unpack",
@@ -34,6 +37,13 @@ def rectify(x: Tensor, limit: float, inplace: bool) -> tuple[Tensor, Tensor]:
 def clear_outside(x: Tensor, bits: Tensor, channels_last: bool, inplace: bool) -> Tensor:
     """See :func:`spectriton.reference.bits.clear_outside`."""
     return backend(x.device).clear_outside(x, bits, channels_last, inplace)
+
+
+def rebuild(
+    x: Tensor, statistics: Statistics, eps: float | None, outside: Tensor | None, channels_last: bool, inplace: bool
+) -> Tensor:
+    """See :func:`spectriton.reference.rebuild.rebuild`."""
+    return backend(x.device).rebuild(x, statistics, eps, outside, channels_last, inplace)
 
 
 def pool_maxima(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,9 @@ def test_everything_is_pytorchs(shape, window, channels_last, device):
     # Whole numbers, which add up alike in any order.
     grad = torch.arange(y.numel(), dtype=torch.float32, device=device).view_as(y)
     spread = TritonBackend().spread_maxima(grad, window, codes, x.shape, channels_last)
-    plain = torch.ops.aten.max_pool2d_with_indices_backward(grad.contiguous(), x.contiguous(), *window.settings(), index)
+    plain = torch.ops.aten.max_pool2d_with_indices_backward(
+        grad.contiguous(), x.contiguous(), *window.settings(), index
+    )
     assert torch.equal(spread, plain)
     again = TritonBackend().pool_maxima_again(x * 2, window, codes, y.shape, channels_last)
     assert same(again, 2 * expected)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from spectriton._check import fail
-from spectriton.nn.compressed._recipes import Recipe, keep, kept, without_autocast
+from spectriton.nn.compressed._recipes import Derived, Recipe, keep, kept, without_autocast
 from spectriton.ops import _maps as maps
 
 aten = torch.ops.aten
@@ -214,24 +214,32 @@ class BatchNorm(Function):
         return grad_x, grad_weight, grad_bias, *(None,) * 5
 
 
-def normalise(x: Tensor, own: tuple[Tensor, ...], *, weighted: bool, biased: bool, eps: float | None) -> Tensor:
-    """Step of a recipe: batch norm with known statistics.
+@dataclass(frozen=True)
+class Rebuild:
+    """Step of a recipe: batch norm with known statistics, ReLU, or one after the other.
 
-    Args:
-        x: maps, written over.
-        own: ``(C,)`` mean, and inverse deviation or (with ``eps``) variance; then weight and bias.
-        weighted, biased: whether there are these.
-        eps: added to the variance.
+    Its tensors are the statistics that there are, then the bits of ReLU.
+
+    Attributes:
+        normed, weighted, biased: whether there is a batch norm, its weight and its bias.
+        eps: added to the variance; None where the inverse deviation is kept.
+        rectified: whether there is a ReLU.
+        channels_last: how the maps stand in memory.
     """
-    mean, scale, *parameters = own
-    if eps is not None:
-        scale = torch.rsqrt(scale + eps)
-    if weighted:
-        scale = scale * parameters[0]
-    shift = -mean * scale
-    if biased:
-        shift = shift + parameters[-1]
-    return x.mul_(scale.view(-1, 1, 1)).add_(shift.view(-1, 1, 1))
+
+    normed: bool = False
+    weighted: bool = False
+    biased: bool = False
+    eps: float | None = None
+    rectified: bool = False
+    channels_last: bool = False
+
+    def __call__(self, x: Tensor, own: tuple[Tensor, ...], inplace: bool) -> Tensor:
+        left = list(own)
+        outside = left.pop() if self.rectified else None
+        given = (self.normed, self.normed, self.weighted, self.biased)
+        statistics = maps.Statistics(*(left.pop(0) if there else None for there in given))
+        return maps.rebuild(x, statistics, self.eps, outside, self.channels_last, inplace)
 
 
 @dataclass(frozen=True)
@@ -251,15 +259,23 @@ class Rectifier:
         bits = maps.outside(x)
         return functional.leaky_relu(x, self.slope, inplace), bits
 
-    def rebuild(self, x: Tensor, own: tuple[Tensor, ...], *, channels_last: bool) -> Tensor:
-        """Step of a recipe: the result from decoded maps, which are written over, and the exact bits."""
-        if not self.slope and self.limit == float("inf"):
-            return maps.clear_outside(x.clamp_(min=0), own[0], channels_last, inplace=True)
+    def again(self, x: Tensor, own: tuple[Tensor, ...], inplace: bool, *, channels_last: bool) -> Tensor:
+        """Step of a recipe: the result from decoded maps and the exact bits; for ReLU there is :class:`Rebuild`."""
         outside = _as_mask(own[0], x.shape, channels_last)
         if self.limit != float("inf"):
             ends = torch.where(x > self.limit / 2, self.limit, 0.0).to(x.dtype)
-            return torch.where(outside, ends, x.clamp_(0, self.limit))
-        return torch.where(outside, x.clamp(max=0) * self.slope, x.clamp_(min=0))
+            return torch.where(outside, ends, x.clamp(0, self.limit))
+        return torch.where(outside, x.clamp(max=0) * self.slope, x.clamp(min=0))
+
+
+def rectified(recipe: Recipe, rectifier: Rectifier, outside: Tensor, channels_last: bool) -> Derived:
+    """The recipe of what a rectifier makes of a tensor with a recipe; a batch norm before it is made up with it."""
+    if rectifier != Rectifier():
+        return Derived(recipe, functools.partial(rectifier.again, channels_last=channels_last), [outside])
+    if isinstance(recipe, Derived) and isinstance(recipe.step, Rebuild) and not recipe.step.rectified:
+        step = replace(recipe.step, rectified=True, channels_last=channels_last)
+        return Derived(recipe.source, step, [*recipe.own, outside])
+    return Derived(recipe, Rebuild(rectified=True, channels_last=channels_last), [outside])
 
 
 def _as_mask(packed: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
@@ -341,7 +357,7 @@ class MaxPool(Function):
 
 
 def pool_again(
-    x: Tensor, own: tuple[Tensor, ...], *, window: maps.Window, outputs: torch.Size, channels_last: bool
+    x: Tensor, own: tuple[Tensor, ...], inplace: bool, *, window: maps.Window, outputs: torch.Size, channels_last: bool
 ) -> Tensor:
     """Step of a recipe: the values of decoded maps where the maxima were."""
     return maps.pool_maxima_again(x, window, own[0], outputs, channels_last)
@@ -393,17 +409,18 @@ class Drop(Function):
     @staticmethod
     @_once
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return drop_again(grad.clone(), ctx.saved_tensors, p=ctx.p), None, None
+        return drop_again(grad, ctx.saved_tensors, False, p=ctx.p), None, None
 
 
-def drop_again(x: Tensor, own: tuple[Tensor, ...], *, p: float) -> Tensor:
+def drop_again(x: Tensor, own: tuple[Tensor, ...], inplace: bool, *, p: float) -> Tensor:
     """Step of a recipe, and the derivative: what was dropped becomes zero, the rest is scaled.
 
     Args:
-        x: written over.
+        x: written over with ``inplace``.
         own: the packed bits.
         p: the probability.
     """
-    x = x.mul_(x.new_ones(()).div_(1 - p)).contiguous()
+    factor = x.new_ones(()).div_(1 - p)
+    x = (x.mul_(factor) if inplace else x * factor).contiguous()
     maps.clear(x.view(-1), own[0])
     return x

@@ -85,11 +85,12 @@ class CompressedBatchNorm2d(nn.BatchNorm2d):
         )
         if recipe is not None:
             statistics = (mean, invstd) if of_batch else (self.running_mean, self.running_var)
-            step = partial(
-                functions.normalise,
+            step = functions.Rebuild(
+                normed=True,
                 weighted=weight is not None,
                 biased=bias is not None,
                 eps=None if of_batch else self.eps,
+                channels_last=is_channels_last(y),
             )
             leave_note(y, Derived(recipe, step, [t for t in (*statistics, weight, bias) if t is not None]))
         result: Tensor = y
@@ -110,9 +111,9 @@ class _Rectifier(nn.Module):
             return _constant(super().forward(input))
         rectifier = self._rectifier()
         recipe = recipe_of(input, self.codec, overwritten=self.inplace)
-        step = partial(rectifier.rebuild, channels_last=is_channels_last(input))
+        channels_last = is_channels_last(input)
         y, outside = functions.Rectify.apply(input, rectifier, self.inplace)
-        leave_note(y, Derived(recipe, step, [outside]))
+        leave_note(y, functions.rectified(recipe, rectifier, outside, channels_last))
         result: Tensor = y
         return result
 
@@ -158,9 +159,9 @@ class _Activation(nn.Module):
         return y
 
 
-def _apply(function: Callable[..., Tensor], x: Tensor, own: tuple[Tensor, ...]) -> Tensor:
-    """Step of a recipe: an elementwise function, written over its argument."""
-    return function(x, inplace=True)
+def _apply(function: Callable[..., Tensor], x: Tensor, own: tuple[Tensor, ...], inplace: bool) -> Tensor:
+    """Step of a recipe: an elementwise function."""
+    return function(x, inplace=inplace)
 
 
 def _gelu(x: Tensor, inplace: bool, approximate: str) -> Tensor:
@@ -230,7 +231,7 @@ class CompressedMaxPool2d(nn.MaxPool2d):
         return y
 
 
-def _apply_average(function: Callable[[Tensor], Tensor], x: Tensor, own: tuple[Tensor, ...]) -> Tensor:
+def _apply_average(function: Callable[[Tensor], Tensor], x: Tensor, own: tuple[Tensor, ...], inplace: bool) -> Tensor:
     """Step of a recipe: a mean over windows."""
     return function(x)
 
