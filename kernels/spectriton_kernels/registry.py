@@ -318,6 +318,7 @@ def examples() -> list[Example]:
 
     maps, small = (BATCH, CHANNELS, HEIGHT, WIDTH), (BATCH, 512, 7, 7)
     for name, coder in (("decode_blocks", _decode_blocks), ("encode_blocks", _encode_blocks)):
+        add(f"{name} bf16 64 channels 8x8", coder, brain, maps, 8, 64)
         add(f"{name} fp32 64 channels 8x8", coder, single, maps, 8, 64)
         add(f"{name} bf16 16 channels 4x4", coder, brain, maps, 4, 16)
     add("decode_blocks fp16 1 channel 7x7", _decode_blocks, half, small, 7, 1)

@@ -125,17 +125,17 @@ WORK = {
         in_pass=lambda meta: ("FFMA", 2 * meta["BLOCK_K"] * meta["BLOCK_I"] * meta["BLOCK_O"]),
     ),
     "decode_blocks": Work(
-        ("decode_blocks fp32 64 channels 8x8",),
+        ("decode_blocks bf16 64 channels 8x8",),
         8,
         lambda tile: 1 / 8,
-        lambda tile: 4,
+        lambda tile: 2,
         lambda passes: CACHE_LATENCY + MEMORY_LATENCY + CACHE_LATENCY,  # field, record, level
         reals=1,
     ),
     "encode_blocks": Work(
-        ("encode_blocks fp32 64 channels 8x8",),
+        ("encode_blocks bf16 64 channels 8x8",),
         0,
-        lambda tile: 4,
+        lambda tile: 2,
         lambda tile: 1 / 8,
         lambda passes: MEMORY_LATENCY + (1 + passes) * CACHE_LATENCY,  # maps, ends of the slice, rows of the bits
         reals=1,
