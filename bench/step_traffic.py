@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from spectriton import _backend, memory
 from spectriton.codec import Codec, Encoded
-from spectriton.nn.compressed import _bits
+from spectriton.reference import bits
 from spectriton_kernels import roof
 from spectriton_kernels._launch import Launch
 from spectriton_kernels.build import Job, compile_all, tunable_of
@@ -227,13 +227,13 @@ PARTS = {
     ("block_codec.py", "make_plan"): "tables of the codec",
     ("block_codec.py", "encode_blocks"): "encoding",
     ("block_codec.py", "decode_blocks"): "decoding",
-    ("_functions.py", "normalise"): "batch norm, again",
-    ("_functions.py", "Rectifier.outside"): "bits of ReLU",
+    ("_functions.py", "Rectify.forward"): "ReLU and its bits",
     ("_functions.py", "Rectify.backward"): "backward of ReLU, from its bits",
-    ("_functions.py", "Rectifier.rebuild"): "ReLU, again",
-    ("_functions.py", "Window.pool"): "maximum pooling",
-    ("_functions.py", "Window.spread"): "maximum pooling",
-    ("_functions.py", "Window.gather"): "maximum pooling, again",
+    ("_functions.py", "Rebuild.__call__"): "batch norm and ReLU, again",
+    ("_functions.py", "Rectifier.again"): "batch norm and ReLU, again",
+    ("_functions.py", "MaxPool.forward"): "maximum pooling",
+    ("_functions.py", "MaxPool.backward"): "maximum pooling",
+    ("_functions.py", "pool_again"): "maximum pooling, again",
 }
 NETWORK = "network and optimiser"
 
@@ -303,7 +303,7 @@ def counting(traffic: Traffic) -> Iterator[None]:
         stack.enter_context(patch(Codec, "encode", noted_encode))
         stack.enter_context(patch(Encoded, "decode", noted_decode))
         stack.enter_context(patch(_backend, "backend_name", lambda device: "triton"))
-        stack.enter_context(patch(_bits, "_CHUNK_OF_CPU", _bits._CHUNK))
+        stack.enter_context(patch(bits, "_CHUNK_OF_CPU", bits._CHUNK))
         # The default of a GPU.
         stack.enter_context(mock.patch.dict(os.environ, SPECTRITON_WORKSPACE_MIB="64"))
         stack.callback(_forget_constants)
@@ -329,14 +329,18 @@ def _forget_constants() -> None:
                     value.cache_clear()
 
 
-def instructions() -> dict[str, float]:
-    """Instructions that threads execute for a value, of the block codec's kernels as they are compiled for an H100.
+#: Kernels that a step with compressed maps launches.
+OF_MAPS = ("encode_blocks", "decode_blocks", "rectify", "clear_outside", "rebuild", "pool_maxima", "spread_maxima")
 
-    Of maps in float32; empty where Triton interprets and so cannot compile.
+
+def instructions() -> dict[str, float]:
+    """Instructions that threads execute for a value of maps, by kernel, as it is compiled for an H100.
+
+    Of the launch that :data:`roof.WORK` names first; empty where Triton interprets and so cannot compile.
     """
     if triton.knobs.runtime.interpret:
         return {}
     by_name = {example.name: example for example in examples()}
-    jobs = [Job(by_name[roof.WORK[name].examples[0]], "sm_90", None) for name in ("encode_blocks", "decode_blocks")]
+    jobs = [Job(by_name[roof.WORK[name].examples[0]], "sm_90", None) for name in OF_MAPS]
     rows = [(tunable_of(launch).kernel, roof.row(job, launch, compiled)) for job, launch, compiled in compile_all(jobs)]
     return {kernel: row.instructions for kernel, row in rows}

@@ -15,8 +15,9 @@ from torch import Tensor
 from spectriton import reference, tuning
 from spectriton._mixing import EmbeddedMixing, Mixing
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference import RowPattern, TileIndex, block_codec
+from spectriton.reference import RowPattern, TileIndex, bits, block_codec, max_pool
 from spectriton.reference.pattern import channel_of
+from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.reference.rounding import noise_key
 from spectriton.reference.spectral_activation import activate_backward
 from spectriton.reference.unpack import read_values, take_values
@@ -88,6 +89,12 @@ class Backend:
     gather_rows = staticmethod(reference.gather_rows)
     unpack_planes = staticmethod(reference.unpack_planes)
     rows_of_maps = staticmethod(reference.rows_of_maps)
+    rectify = staticmethod(bits.rectify)
+    clear_outside = staticmethod(bits.clear_outside)
+    rebuild = staticmethod(rebuild)
+    pool_maxima = staticmethod(max_pool.pool_maxima)
+    pool_maxima_again = staticmethod(max_pool.pool_maxima_again)
+    spread_maxima = staticmethod(max_pool.spread_maxima)
 
     def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
         """How blocks are coded, from what is stored beside the records. On a GPU the host does not wait for it."""
@@ -319,6 +326,69 @@ class TritonBackend(Backend):
             return super().decode_blocks(records, layout, plan, out, workspace)
         return self._kernels.decode_blocks(records, layout, plan, block_codec.quantiser_levels(out.device), out)
 
+    def rectify(self, x: Tensor, limit: float, inplace: bool) -> tuple[Tensor, Tensor]:
+        """As the reference's; maps with gaps between them are left to it."""
+        flat = bits.in_memory_order(x)
+        if not flat.is_contiguous():
+            return bits.rectify(x, limit, inplace)
+        y = x if inplace else torch.empty_like(x)
+        outside = self._kernels.rectify(flat.view(-1), limit, bits.in_memory_order(y).view(-1))
+        if inplace:
+            torch.autograd.graph.increment_version(x)
+        return y, outside
+
+    def clear_outside(self, x: Tensor, outside: Tensor, channels_last: bool, inplace: bool) -> Tensor:
+        """As the reference's."""
+        dense = x.contiguous(memory_format=_format(channels_last))
+        out = dense if inplace or dense is not x else torch.empty_like(dense)
+        flat, result = ((maps.permute(0, 2, 3, 1) if channels_last else maps).view(-1) for maps in (dense, out))
+        self._kernels.clear_outside(flat, outside, result)
+        return out
+
+    def rebuild(
+        self,
+        x: Tensor,
+        statistics: Statistics,
+        eps: float | None,
+        outside: Tensor | None,
+        channels_last: bool,
+        inplace: bool,
+    ) -> Tensor:
+        """As the reference's, but that a batch norm alone leaves the maps in the order of the bits, too."""
+        dense = x.contiguous(memory_format=_format(channels_last))
+        out = dense if inplace or dense is not x else torch.empty_like(dense)
+        return self._kernels.rebuild(dense, statistics, eps, outside, channels_last, out)
+
+    def pool_maxima(self, x: Tensor, window: max_pool.Window) -> tuple[Tensor, Tensor]:
+        """As the reference's, without positions of 64 bits where the kernels take the window."""
+        channels_last = bits.is_channels_last(x)
+        shape = torch.Size((*x.shape[:2], *max_pool.pooled_size(window, *x.shape[2:])))
+        if not self._kernels.can_pool(window, shape, channels_last):
+            return max_pool.pool_maxima(x, window)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(channels_last))
+        # Of one position or one channel nothing tells how the maxima stand: the order is the same.
+        return y, self._kernels.pool_maxima(x, window, y, channels_last)
+
+    def pool_maxima_again(
+        self, x: Tensor, window: max_pool.Window, codes: Tensor, outputs: torch.Size, channels_last: bool
+    ) -> Tensor:
+        """As the reference's, likewise."""
+        if not self._kernels.can_pool(window, outputs, channels_last):
+            return max_pool.pool_maxima_again(x, window, codes, outputs, channels_last)
+        y = torch.empty(outputs, dtype=x.dtype, device=x.device, memory_format=_format(channels_last))
+        return self._kernels.pool_maxima_again(x, window, codes, y, channels_last)
+
+    def spread_maxima(
+        self, grad: Tensor, window: max_pool.Window, codes: Tensor, shape: torch.Size, channels_last: bool
+    ) -> Tensor:
+        """As the reference's, likewise."""
+        if not self._kernels.can_pool(window, grad.shape, channels_last):
+            return max_pool.spread_maxima(grad, window, codes, shape, channels_last)
+        out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=_format(channels_last))
+        return self._kernels.spread_maxima(
+            grad.contiguous(memory_format=_format(channels_last)), window, codes, out, channels_last
+        )
+
     def unpack_gradient_rows(
         self,
         grad: Tensor,
@@ -352,6 +422,10 @@ class TritonBackend(Backend):
         product, grad_scale = self.spectral_activation_backward(grads, outputs, kind, scale.to(out.dtype))
         torch.view_as_complex(out)[:, :row] = product.view(out.shape[0], row)
         return grad_scale
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:

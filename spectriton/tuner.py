@@ -19,7 +19,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +30,8 @@ from spectriton import _backend, environment, reference, tuning
 from spectriton._check import check_choice, fail
 from spectriton.frequencies import FrequencyGrid, frequency_grid
 from spectriton.packed import layout
-from spectriton.reference import block_codec
+from spectriton.reference import bits, block_codec, max_pool
+from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.timing import MOST_SETS, Stopwatch, copy_seconds, evict, input_sets
 
 #: A configuration replaces the heuristic where it is faster by this factor: less is within the scatter of timings.
@@ -490,6 +491,94 @@ def _encode_blocks(case: Case, random: _Random) -> Problem:
     return Problem(run, lambda: (records,), _nbytes(records, maps), out.zero_)
 
 
+def _maps(case: Case, random: _Random) -> Tensor:
+    """Maps of one image, channels last: of so many positions and channels."""
+    (rows, columns, *_), (dtype,) = case.sizes, case.dtypes
+    down = next(edge for edge in range(math.isqrt(rows), 0, -1) if rows % edge == 0)
+    return random.real(1, columns, down, rows // down, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _rectify(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.sign_bits import plan_rectify
+
+    (count,), (dtype,) = case.sizes, case.dtypes
+    x = random.real(count, dtype=dtype)
+    out, outside = torch.empty_like(x), bits.pack(x <= 0, 1)
+    written = torch.empty_like(outside)
+
+    def run(config: Any) -> Run:
+        _spoil(out, written)
+        return Run(plan_rectify(x, math.inf, out, written, config).run, lambda: (out, written))
+
+    return Problem(run, lambda: (x.relu(), outside), _nbytes(x, out, outside))
+
+
+def _clear_outside(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.sign_bits import plan_clear_outside
+
+    (count,), (dtype,) = case.sizes, case.dtypes
+    x = random.real(count, dtype=dtype)
+    out, outside = torch.empty_like(x), bits.pack(x <= 0, 1)
+
+    def run(config: Any) -> Run:
+        _spoil(out)
+        return Run(plan_clear_outside(x, outside, out, config).run, lambda: (out,))
+
+    return Problem(run, lambda: (x.relu(),), _nbytes(x, out, outside))
+
+
+def _rebuild(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.rebuild import plan_rebuild
+
+    x = _maps(case, random)
+    statistics = Statistics(*(random.scale(x.shape[1], torch.float32) for _ in range(4)))
+    outside, out = bits.outside(x), torch.empty_like(x)
+
+    def run(config: Any) -> Run:
+        _spoil(out)
+        return Run(plan_rebuild(x, statistics, None, outside, True, out, config).run, lambda: (out,))
+
+    return Problem(run, lambda: (rebuild(x, statistics, None, outside, True, inplace=False),), _nbytes(x, out, outside))
+
+
+def _window(case: Case) -> max_pool.Window:
+    """With half as many maxima along either axis as there are positions."""
+    down, across = case.sizes[2:]
+    return max_pool.Window((down, across), (2, 2), ((down - 1) // 2, (across - 1) // 2), (1, 1), False)
+
+
+def _pool_maxima(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.max_pool import plan_pool_maxima
+
+    out, window = _maps(case, random), _window(case)
+    shape = (*out.shape[:2], 2 * out.shape[2], 2 * out.shape[3])
+    x = random.real(*shape, dtype=out.dtype).contiguous(memory_format=torch.channels_last)
+    codes = torch.empty(out.numel() * window.bits // 8, dtype=torch.uint8, device=random.device)
+
+    def run(config: Any) -> Run:
+        _spoil(out, codes)
+        return Run(plan_pool_maxima(x, window, True, out, codes, False, config).run, lambda: (out, codes))
+
+    return Problem(run, lambda: max_pool.pool_maxima(x, window), _nbytes(x, out, codes))
+
+
+def _spread_maxima(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.max_pool import plan_spread_maxima
+
+    quarter, window = replace(case, sizes=(case.sizes[0] // 4, *case.sizes[1:])), _window(case)
+    grad = _maps(quarter, random)
+    shape = torch.Size((*grad.shape[:2], 2 * grad.shape[2], 2 * grad.shape[3]))
+    out = grad.new_empty(shape).contiguous(memory_format=torch.channels_last)
+    x = random.real(*shape, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    codes = max_pool.pool_maxima(x, window)[1]
+
+    def run(config: Any) -> Run:
+        _spoil(out)
+        return Run(plan_spread_maxima(grad, window, True, codes, out, config).run, lambda: (out,))
+
+    return Problem(run, lambda: (max_pool.spread_maxima(grad, window, codes, shape, True),), _nbytes(grad, codes, out))
+
+
 _PROBLEMS: dict[str, Callable[[Case, _Random], Problem]] = {
     "complex_product": _complex_product,
     "complex_product_broadcast": _complex_product_broadcast,
@@ -504,6 +593,11 @@ _PROBLEMS: dict[str, Callable[[Case, _Random], Problem]] = {
     "kernel_spectrum_adjoint": _kernel_spectrum_adjoint,
     "decode_blocks": _decode_blocks,
     "encode_blocks": _encode_blocks,
+    "rectify": _rectify,
+    "clear_outside": _clear_outside,
+    "rebuild": _rebuild,
+    "pool_maxima": _pool_maxima,
+    "spread_maxima": _spread_maxima,
 }
 
 
@@ -644,6 +738,14 @@ def layer_cases(batch: int, channels: int, size: int, kernel: int) -> Iterator[C
     coded = block_codec.block_layout((batch, channels, size, size), 1.0, 64)
     for name, dtype in itertools.product(("decode_blocks", "encode_blocks"), (single, torch.bfloat16)):
         yield Case(name, (dtype,), (coded.blocks, coded.components, coded.frequencies, coded.mix))
+    # Those of autocast, channels last.
+    brain, positions = (torch.bfloat16,), batch * size * size
+    yield Case("rectify", brain, (positions * channels,))
+    yield Case("clear_outside", brain, (positions * channels,))
+    yield Case("rebuild", brain, (positions, channels))
+    for window in (2, 3):
+        yield Case("pool_maxima", brain, (positions // 4, channels, window, window))
+        yield Case("spread_maxima", brain, (positions, channels, window, window))
 
 
 def unique(cases: Iterable[Case]) -> list[Case]:

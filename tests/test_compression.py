@@ -20,8 +20,8 @@ from spectriton import memory
 from spectriton.codec import Allotment, BlockCodec, CastCodec, Codec, QuantiseCodec, make_codec
 from spectriton.compression import describe, gradient_report
 from spectriton.nn import compressed
-from spectriton.nn.compressed import _bits as bits
 from spectriton.nn.compressed import _recipes
+from spectriton.reference import bits
 
 #: Keeps every value as it is: gradients must then be the original's.
 IDENTITY = CastCodec(torch.float64)

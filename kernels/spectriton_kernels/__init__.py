@@ -7,12 +7,17 @@ for a GPU at import, or imports `spectriton`.
 from .block_codec import can_code, decode_blocks, encode_blocks
 from .complex_product import complex_product
 from .kernel_spectrum import kernel_spectrum, kernel_spectrum_adjoint
+from .max_pool import can_pool, pool_maxima, pool_maxima_again, spread_maxima
 from .pack import gather_rows, pack_rows
+from .rebuild import rebuild
+from .sign_bits import clear_outside, rectify
 from .spectral_activation import spectral_activation, spectral_activation_backward
 from .unpack import unpack_planes, unpack_rows
 
 __all__ = [
     "can_code",
+    "can_pool",
+    "clear_outside",
     "complex_product",
     "decode_blocks",
     "encode_blocks",
@@ -20,8 +25,13 @@ __all__ = [
     "kernel_spectrum",
     "kernel_spectrum_adjoint",
     "pack_rows",
+    "pool_maxima",
+    "pool_maxima_again",
+    "rebuild",
+    "rectify",
     "spectral_activation",
     "spectral_activation_backward",
+    "spread_maxima",
     "unpack_planes",
     "unpack_rows",
 ]

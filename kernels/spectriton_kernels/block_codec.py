@@ -3,7 +3,8 @@
 The format is that of `spectriton.reference.block_codec`. A program handles some blocks of a *slice*: a group of
 channels, or as many small groups as fill `SLICE` channels, whose basis is then block diagonal. Channels are rotated and
 positions transformed by two matrix products in which blocks stand side by side, so nothing is transposed between them.
-They run on tensor cores in bfloat16, each factor as a sum of two parts (relative error of about 2^-16).
+They run on tensor cores in bfloat16. Of maps in bfloat16 factors are rounded to it, with an error as that of the maps
+(2^-9); else each is a sum of two parts (relative error of about 2^-16).
 
 A slice begins and ends anywhere in a byte of the record. Bytes that it shares with its neighbours go to a small array
 beside, from which they are added to the records.
@@ -31,7 +32,8 @@ _LEAST = 16
 # Bits of a field are told in four bits beside where it begins.
 _WIDTH_BITS = 4
 # Factors of products as sums of two bfloat16 parts; the interpreter knows no such thing, and computes in float32.
-PRECISION = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "bf16x3")
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+PRECISION = tl.constexpr("ieee" if INTERPRETED else "bf16x3")
 # Bits of a record that are gathered at a time, over all blocks of a program.
 _GATHERED = 4096
 
@@ -66,6 +68,17 @@ class Plan(Protocol):
     def start(self) -> torch.Tensor: ...
     @property
     def deviation(self) -> torch.Tensor: ...
+
+
+@triton.jit
+def product(b_left, b_right, PRECISE: tl.constexpr):
+    """Of two matrices, in float32."""
+    if PRECISE:
+        return tl.dot(b_left, b_right, input_precision=PRECISION)
+    b_left, b_right = b_left.to(tl.bfloat16), b_right.to(tl.bfloat16)
+    if INTERPRETED:  # it would take such numbers for integers
+        b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
+    return tl.dot(b_left, b_right)
 
 
 @triton.jit
@@ -145,6 +158,7 @@ def decode_blocks_kernel(
     EDGE_H: tl.constexpr,
     EDGE_W: tl.constexpr,
     WIDE: tl.constexpr,
+    PRECISE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -171,6 +185,7 @@ def decode_blocks_kernel(
         COMPONENTS: channels of a slice.
         EDGE_H, EDGE_W: of a block; M is their product.
         WIDE: whether offsets of maps need 64 bits.
+        PRECISE: whether products need more than factors in bfloat16.
         BLOCK_C, BLOCK_M: COMPONENTS and M, at least, as powers of two.
         BLOCKS: blocks that a program handles.
     """
@@ -192,11 +207,11 @@ def decode_blocks_kernel(
     b_value = tl.load(levels_ptr + (1 << n_bits) + b_code, mask=m_field, other=0.0) * b_deviation
 
     b_value = tl.reshape(b_value, [BLOCK_C * BLOCKS, BLOCK_M])
-    b_value = tl.dot(b_value, load_dct(dct_ptr, M, BLOCK_M), input_precision=PRECISION)
+    b_value = product(b_value, load_dct(dct_ptr, M, BLOCK_M), PRECISE)
     b_value = tl.reshape(b_value, [BLOCK_C, BLOCKS * BLOCK_M])
     if MIX > 1:
         b_basis = load_basis(basis_ptr, i_first, n_left, MIX, BLOCK_C)
-        b_value = tl.dot(b_basis, b_value, input_precision=PRECISION)
+        b_value = product(b_basis, b_value, PRECISE)
     b_value = tl.reshape(b_value, [BLOCK_C, BLOCKS, BLOCK_M])
 
     i_channel = i_first + tl.arange(0, BLOCK_C)[:, None, None]
@@ -265,6 +280,7 @@ def encode_blocks_kernel(
     EDGE_H: tl.constexpr,
     EDGE_W: tl.constexpr,
     WIDE: tl.constexpr,
+    PRECISE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -302,6 +318,7 @@ def encode_blocks_kernel(
         COMPONENTS: channels of a slice.
         EDGE_H, EDGE_W: of a block; M is their product.
         WIDE: whether offsets of maps need 64 bits.
+        PRECISE: whether products need more than factors in bfloat16.
         STOCHASTIC: whether noise decides between the levels on both sides of a value.
         SHARED: whether there are several slices.
         BLOCK_C, BLOCK_M: COMPONENTS and M, at least, as powers of two.
@@ -328,11 +345,11 @@ def encode_blocks_kernel(
     b_x = tl.where(b_x == b_x, b_x, 0.0)
 
     b_x = tl.reshape(b_x, [BLOCK_C * BLOCKS, BLOCK_M])
-    b_x = tl.dot(b_x, tl.trans(load_dct(dct_ptr, M, BLOCK_M)), input_precision=PRECISION)
+    b_x = product(b_x, tl.trans(load_dct(dct_ptr, M, BLOCK_M)), PRECISE)
     b_x = tl.reshape(b_x, [BLOCK_C, BLOCKS * BLOCK_M])
     if MIX > 1:
         b_basis = load_basis(basis_ptr, i_first, n_left, MIX, BLOCK_C)
-        b_x = tl.dot(tl.trans(b_basis), b_x, input_precision=PRECISION)
+        b_x = product(tl.trans(b_basis), b_x, PRECISE)
     b_x = tl.reshape(b_x, [BLOCK_C, BLOCKS, BLOCK_M])
 
     start, n_bits, b_rate = load_rows(fields_ptr, rates_ptr, i_first, n_left, BLOCK_C, M, BLOCK_M)
@@ -407,6 +424,7 @@ def _shape(layout: Layout, maps: torch.Tensor, config: Blocks) -> tuple[dict[str
         "EDGE_H": layout.edges[0],
         "EDGE_W": layout.edges[1],
         "WIDE": sum((size - 1) * step for size, step in zip(maps.shape, maps.stride(), strict=True)) >= 1 << 31,
+        "PRECISE": maps.dtype != torch.bfloat16,
         "BLOCK_C": block_c,
         "BLOCKS": blocks,
         "BLOCK_M": block_m,

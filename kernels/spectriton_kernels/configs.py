@@ -315,6 +315,15 @@ _BLOCKS = tuple(Blocks(*numbers) for numbers in ((2048, 16), (2048, 32), (4096, 
 DECODE_BLOCKS = Tunable("decode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 32))
 ENCODE_BLOCKS = Tunable("encode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 32))
 
+RECTIFY = Tunable("rectify", ("values",), _STREAMS, _stream)
+CLEAR_OUTSIDE = Tunable("clear_outside", ("values",), _STREAMS, _stream)
+REBUILD = Tunable("rebuild", ("rows", "columns"), _STREAMS, _stream)
+# Of the maxima, or of the maps for their gradient: rows and columns of memory, then the window.
+_POOLED_SIZES = ("rows", "columns", "window rows", "window columns")
+_POOLS = tuple(Stream(*numbers) for numbers in ((2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8)))
+POOL_MAXIMA = Tunable("pool_maxima", _POOLED_SIZES, _POOLS, lambda dtypes, sizes: Stream(4096, 4))
+SPREAD_MAXIMA = Tunable("spread_maxima", _POOLED_SIZES, _POOLS, lambda dtypes, sizes: Stream(4096, 4))
+
 TUNABLES: dict[str, Tunable[Any]] = {
     tunable.kernel: tunable
     for tunable in (
@@ -331,5 +340,10 @@ TUNABLES: dict[str, Tunable[Any]] = {
         KERNEL_SPECTRUM_ADJOINT,
         DECODE_BLOCKS,
         ENCODE_BLOCKS,
+        RECTIFY,
+        CLEAR_OUTSIDE,
+        REBUILD,
+        POOL_MAXIMA,
+        SPREAD_MAXIMA,
     )
 }

@@ -15,7 +15,10 @@ from ._launch import Launch
 from .block_codec import plan_decode_blocks, plan_encode_blocks
 from .complex_product import plan_complex_product
 from .kernel_spectrum import plan_kernel_spectrum, plan_kernel_spectrum_adjoint
+from .max_pool import plan_pool_maxima, plan_spread_maxima
 from .pack import plan_gather_rows, plan_pack_rows
+from .rebuild import plan_rebuild
+from .sign_bits import plan_clear_outside, plan_rectify
 from .spectral_activation import KINDS, plan_spectral_activation, plan_spectral_activation_backward
 from .unpack import plan_unpack_planes, plan_unpack_rows
 
@@ -191,6 +194,42 @@ def _encode_blocks(
     ]
 
 
+def _bits_of(x: torch.Tensor) -> torch.Tensor:
+    return _meta(x.numel() // 8, dtype=torch.uint8)
+
+
+def _rectify(dtype: torch.dtype, limit: float, config: Any = None) -> Launch:
+    x = _meta(BATCH * CHANNELS * HEIGHT * WIDTH, dtype=dtype)
+    return plan_rectify(x, limit, x, _bits_of(x), config)
+
+
+def _clear_outside(dtype: torch.dtype, config: Any = None) -> Launch:
+    x = _meta(BATCH * CHANNELS * HEIGHT * WIDTH, dtype=dtype)
+    return plan_clear_outside(x, _bits_of(x), x, config)
+
+
+def _rebuild(dtype: torch.dtype, norm: bool, channels_last: bool, config: Any = None) -> Launch:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = _meta(BATCH, CHANNELS, HEIGHT, WIDTH, dtype=dtype).to(memory_format=layout)
+    statistics = tuple(_meta(CHANNELS) if norm else None for _ in range(4))
+    return plan_rebuild(x, statistics, None, _bits_of(x), channels_last, x, config)
+
+
+def _pool(name: str, dtype: torch.dtype, edge: int, channels_last: bool, config: Any = None) -> Launch:
+    """Windows of 2x2, or of 3x3 that overlap."""
+    padding = edge - 2
+    window = SimpleNamespace(
+        kernel=(edge, edge), stride=(2, 2), padding=(padding, padding), dilation=(1, 1), bits=2 if edge == 2 else 4
+    )
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = _meta(BATCH, CHANNELS, HEIGHT, WIDTH, dtype=dtype).to(memory_format=layout)
+    y = _meta(BATCH, CHANNELS, HEIGHT // 2, WIDTH // 2, dtype=dtype).to(memory_format=layout)
+    codes = _meta(y.numel() * window.bits // 8, dtype=torch.uint8)
+    if name == "spread_maxima":
+        return plan_spread_maxima(y, window, channels_last, codes, x, config)
+    return plan_pool_maxima(x, window, channels_last, y, codes, name == "pool_maxima again", config)
+
+
 # The few examples that stand for their kernels where building all of them for every target would take too long.
 CORE = frozenset(
     {
@@ -208,6 +247,11 @@ CORE = frozenset(
         "kernel_spectrum_adjoint fp32 from fp32 3x3",
         "decode_blocks fp32 64 channels 8x8",
         "encode_blocks fp32 64 channels 8x8",
+        "rectify bf16",
+        "clear_outside bf16",
+        "rebuild bf16",
+        "pool_maxima bf16 3x3",
+        "spread_maxima bf16 3x3",
     }
 )
 
@@ -274,8 +318,22 @@ def examples() -> list[Example]:
 
     maps, small = (BATCH, CHANNELS, HEIGHT, WIDTH), (BATCH, 512, 7, 7)
     for name, coder in (("decode_blocks", _decode_blocks), ("encode_blocks", _encode_blocks)):
+        add(f"{name} bf16 64 channels 8x8", coder, brain, maps, 8, 64)
         add(f"{name} fp32 64 channels 8x8", coder, single, maps, 8, 64)
         add(f"{name} bf16 16 channels 4x4", coder, brain, maps, 4, 16)
     add("decode_blocks fp16 1 channel 7x7", _decode_blocks, half, small, 7, 1)
     add("encode_blocks bf16 64 channels 7x7 stochastic", _encode_blocks, brain, small, 7, 64, True)
+
+    for dtype in (single, double, half, brain):
+        short = SHORT_NAMES[dtype]
+        add(f"rectify {short}", _rectify, dtype, float("inf"), loads=True, stores=True)
+        add(f"clear_outside {short}", _clear_outside, dtype, loads=True, stores=True)
+    add("rectify bf16 limited", _rectify, brain, 6.0, loads=True, stores=True)
+    add("rebuild bf16", _rebuild, brain, True, True, loads=True, stores=True)
+    add("rebuild bf16 without norm", _rebuild, brain, False, True, loads=True, stores=True)
+    add("rebuild fp32 contiguous", _rebuild, single, True, False, loads=True, stores=True)
+    for name in ("pool_maxima", "pool_maxima again", "spread_maxima"):
+        for edge in (2, 3):
+            add(f"{name} bf16 {edge}x{edge}", _pool, name, brain, edge, True)
+        add(f"{name} fp32 3x3 contiguous", _pool, name, single, 3, False)
     return found

@@ -58,6 +58,10 @@ def _stream(operand: int, read: float, *names: str) -> Work:
     return Work(names, operand, lambda tile: read, lambda tile: 8)
 
 
+def _maps(operand: int, read: float, written: float, *names: str) -> Work:
+    return Work(names, operand, lambda tile: read, lambda tile: written, reals=1)
+
+
 def _packed(tile: int) -> float:
     """Bytes of a packed spectrum a coefficient: values, bitmap, offset."""
     return 8 * DENSITY + 1 / 8 + 4 / tile
@@ -121,23 +125,29 @@ WORK = {
         in_pass=lambda meta: ("FFMA", 2 * meta["BLOCK_K"] * meta["BLOCK_I"] * meta["BLOCK_O"]),
     ),
     "decode_blocks": Work(
-        ("decode_blocks fp32 64 channels 8x8",),
+        ("decode_blocks bf16 64 channels 8x8",),
         8,
         lambda tile: 1 / 8,
-        lambda tile: 4,
+        lambda tile: 2,
         lambda passes: CACHE_LATENCY + MEMORY_LATENCY + CACHE_LATENCY,  # field, record, level
         reals=1,
     ),
     "encode_blocks": Work(
-        ("encode_blocks fp32 64 channels 8x8",),
+        ("encode_blocks bf16 64 channels 8x8",),
         0,
-        lambda tile: 4,
+        lambda tile: 2,
         lambda tile: 1 / 8,
         lambda passes: MEMORY_LATENCY + (1 + passes) * CACHE_LATENCY,  # maps, ends of the slice, rows of the bits
         reals=1,
         passes=lambda launch: launch.args[12].shape[1] // launch.meta["BYTES"],
         in_pass=lambda meta: ("STG", meta["BLOCKS"] * meta["BYTES"]),
     ),
+    "rectify": _maps(0, 2, 2 + 1 / 8, "rectify bf16"),
+    "clear_outside": _maps(0, 2 + 1 / 8, 2, "clear_outside bf16"),
+    "rebuild": _maps(0, 2 + 1 / 8, 2, "rebuild bf16"),
+    # A quarter as many maxima, with codes of 2 or 4 bits.
+    "pool_maxima": _maps(0, 2, 2 / 4 + 1 / 8, "pool_maxima bf16 3x3", "pool_maxima bf16 2x2"),
+    "spread_maxima": _maps(2, 2 / 4 + 1 / 8, 2, "spread_maxima bf16 3x3", "spread_maxima bf16 2x2"),
 }
 
 
@@ -293,8 +303,8 @@ several that come to the same code); the one that the heuristics choose is bold.
   over the time of accesses that wait for one another ({1e9 * MEMORY_LATENCY:.0f} ns from memory,
   {1e9 * CACHE_LATENCY:.0f} ns from the second-level cache, an atomic too).
 
-A coefficient is a complex number of the dense side, or a complex weight of a kernel spectrum; for the block codec a
-value of the maps, at one bit. What tensor cores need for its products is not among the bounds; see
+A coefficient is a complex number of the dense side, or a complex weight of a kernel spectrum; for the block codec
+(at one bit), ReLU and pooling a value of the maps. What tensor cores need for its products is not among the bounds; see
 `spectriton_kernels/block_codec.py`.
 
 Without tuning the heuristics of `spectriton_kernels/configs.py` choose, by shapes and dtypes alone. `spectriton tune`

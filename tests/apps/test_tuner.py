@@ -59,6 +59,11 @@ TINY = [
     Case("kernel_spectrum_adjoint", (SINGLE, SINGLE), (64, 1, 2, 3, 4)),
     Case("decode_blocks", (SINGLE,), (16, 6, 6, 3)),
     Case("encode_blocks", (BRAIN,), (5, 68, 4, 1)),
+    Case("rectify", (BRAIN,), (1001,)),
+    Case("clear_outside", (SINGLE,), (1001,)),
+    Case("rebuild", (BRAIN,), (30, 9)),
+    Case("pool_maxima", (SINGLE,), (30, 8, 3, 3)),
+    Case("spread_maxima", (BRAIN,), (120, 8, 2, 2)),
 ]
 
 

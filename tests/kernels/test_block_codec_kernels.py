@@ -79,7 +79,8 @@ def assert_same_codes(records: torch.Tensor, given: Coded) -> None:
     assert records.dtype == torch.uint8 and records.shape == given.records.shape
     difference = np.abs(codes_of(records, given.plan) - codes_of(given.records, given.plan))
     assert difference.max() <= 1
-    assert difference.sum() <= 1 + difference.size / 200
+    # Of maps in bfloat16 products have factors of that precision.
+    assert difference.sum() <= 1 + difference.size / (20 if given.x.dtype == torch.bfloat16 else 200)
 
 
 def assert_close_maps(got: torch.Tensor, expected: torch.Tensor) -> None:

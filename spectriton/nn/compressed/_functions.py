@@ -7,8 +7,8 @@ and they are gone after backward. Dense maps are made right before they are used
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,10 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from spectriton._check import fail
-from spectriton.nn.compressed._bits import bits_for, clear, pack, unpack
-from spectriton.nn.compressed._recipes import Recipe, keep, kept, without_autocast
+from spectriton.nn.compressed._recipes import Derived, Recipe, keep, kept, without_autocast
+from spectriton.ops import _maps as maps
 
 aten = torch.ops.aten
-
-# Argmax positions are int64 on their way to a code; this many of them at a time.
-_POSITIONS = 1 << 20
 
 
 def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,24 +214,32 @@ class BatchNorm(Function):
         return grad_x, grad_weight, grad_bias, *(None,) * 5
 
 
-def normalise(x: Tensor, own: tuple[Tensor, ...], *, weighted: bool, biased: bool, eps: float | None) -> Tensor:
-    """Step of a recipe: batch norm with known statistics.
+@dataclass(frozen=True)
+class Rebuild:
+    """Step of a recipe: batch norm with known statistics, ReLU, or one after the other.
 
-    Args:
-        x: maps, written over.
-        own: ``(C,)`` mean, and inverse deviation or (with ``eps``) variance; then weight and bias.
-        weighted, biased: whether there are these.
-        eps: added to the variance.
+    Its tensors are the statistics that there are, then the bits of ReLU.
+
+    Attributes:
+        normed, weighted, biased: whether there is a batch norm, its weight and its bias.
+        eps: added to the variance; None where the inverse deviation is kept.
+        rectified: whether there is a ReLU.
+        channels_last: how the maps stand in memory.
     """
-    mean, scale, *parameters = own
-    if eps is not None:
-        scale = torch.rsqrt(scale + eps)
-    if weighted:
-        scale = scale * parameters[0]
-    shift = -mean * scale
-    if biased:
-        shift = shift + parameters[-1]
-    return x.mul_(scale.view(-1, 1, 1)).add_(shift.view(-1, 1, 1))
+
+    normed: bool = False
+    weighted: bool = False
+    biased: bool = False
+    eps: float | None = None
+    rectified: bool = False
+    channels_last: bool = False
+
+    def __call__(self, x: Tensor, own: tuple[Tensor, ...], inplace: bool) -> Tensor:
+        left = list(own)
+        outside = left.pop() if self.rectified else None
+        given = (self.normed, self.normed, self.weighted, self.biased)
+        statistics = maps.Statistics(*(left.pop(0) if there else None for there in given))
+        return maps.rebuild(x, statistics, self.eps, outside, self.channels_last, inplace)
 
 
 @dataclass(frozen=True)
@@ -247,80 +252,63 @@ class Rectifier:
     slope: float = 0.0
     limit: float = float("inf")
 
-    def outside(self, x: Tensor) -> Tensor:
-        """The bits of maps ``(B, C, H, W)``, in the order of memory, packed."""
-        flat = _in_memory_order(x.detach()).reshape(-1)
-        # NaN lies inside, as PyTorch has it.
-        outside = flat <= 0
-        if self.limit != float("inf"):
-            outside |= flat >= self.limit
-        return pack(outside, 1)
+    def __call__(self, x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+        """The result, and the bits in the order of memory, packed."""
+        if not self.slope:
+            return maps.rectify(x, self.limit, inplace)
+        bits = maps.outside(x)
+        return functional.leaky_relu(x, self.slope, inplace), bits
 
-    def __call__(self, x: Tensor, inplace: bool) -> Tensor:
-        if self.limit != float("inf"):
-            return functional.relu6(x, inplace)
-        if self.slope:
-            return functional.leaky_relu(x, self.slope, inplace)
-        return functional.relu(x, inplace)
-
-    def rebuild(self, x: Tensor, own: tuple[Tensor, ...], *, channels_last: bool) -> Tensor:
-        """Step of a recipe: the result from decoded maps, which are written over, and the exact bits."""
-        if not self.slope and self.limit == float("inf"):
-            return _cleared(x.clamp_(min=0), own[0], channels_last)
+    def again(self, x: Tensor, own: tuple[Tensor, ...], inplace: bool, *, channels_last: bool) -> Tensor:
+        """Step of a recipe: the result from decoded maps and the exact bits; for ReLU there is :class:`Rebuild`."""
         outside = _as_mask(own[0], x.shape, channels_last)
         if self.limit != float("inf"):
             ends = torch.where(x > self.limit / 2, self.limit, 0.0).to(x.dtype)
-            return torch.where(outside, ends, x.clamp_(0, self.limit))
-        return torch.where(outside, x.clamp(max=0) * self.slope, x.clamp_(min=0))
+            return torch.where(outside, ends, x.clamp(0, self.limit))
+        return torch.where(outside, x.clamp(max=0) * self.slope, x.clamp(min=0))
 
 
-def _in_memory_order(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1) if is_channels_last(x) else x
-
-
-def is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def rectified(recipe: Recipe, rectifier: Rectifier, outside: Tensor, channels_last: bool) -> Derived:
+    """The recipe of what a rectifier makes of a tensor with a recipe; a batch norm before it is made up with it."""
+    if rectifier != Rectifier():
+        return Derived(recipe, functools.partial(rectifier.again, channels_last=channels_last), [outside])
+    if isinstance(recipe, Derived) and isinstance(recipe.step, Rebuild) and not recipe.step.rectified:
+        step = replace(recipe.step, rectified=True, channels_last=channels_last)
+        return Derived(recipe.source, step, [*recipe.own, outside])
+    return Derived(recipe, Rebuild(rectified=True, channels_last=channels_last), [outside])
 
 
 def _as_mask(packed: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
-    """The bits of :meth:`Rectifier.outside` as a bool tensor ``(B, C, H, W)``."""
-    flat = unpack(packed, 1, shape.numel()).view(torch.bool)
+    """The bits of :class:`Rectify` as a bool tensor ``(B, C, H, W)``."""
+    flat = maps.unpack(packed, 1, shape.numel()).view(torch.bool)
     if not channels_last:
         return flat.view(shape)
     batch, channels, height, width = shape
     return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _cleared(x: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
-    """``x`` ``(B, C, H, W)`` with zeros where the bits of :meth:`Rectifier.outside` say so.
-
-    ``x`` is written over where it stands in memory in the order of the bits.
-    """
-    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    clear((x.permute(0, 2, 3, 1) if channels_last else x).view(-1), packed)
-    return x
-
-
 class Rectify(Function):
-    """A :class:`Rectifier`, of which only the bits are kept."""
+    """A :class:`Rectifier`, of which only the bits are kept; gives the result and the bits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, outside: Tensor, rectifier: Rectifier, inplace: bool) -> Tensor:
-        ctx.rectifier, ctx.channels_last = rectifier, is_channels_last(x)
+    def forward(ctx: Any, x: Tensor, rectifier: Rectifier, inplace: bool) -> tuple[Tensor, Tensor]:
+        ctx.slope, ctx.channels_last = rectifier.slope, maps.is_channels_last(x)
+        y, outside = rectifier(x, inplace)
         ctx.save_for_backward(outside)
+        ctx.mark_non_differentiable(outside)
+        ctx.set_materialize_grads(False)
         if inplace:
             ctx.mark_dirty(x)
-        return rectifier(x, inplace)
+        return y, outside
 
     @staticmethod
     @_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (packed,) = ctx.saved_tensors
-        slope = ctx.rectifier.slope
-        if slope:
+        if ctx.slope:
             outside = _as_mask(packed, grad.shape, ctx.channels_last)
-            return torch.where(outside, grad * slope, grad), None, None, None
-        return _cleared(grad.clone(), packed, ctx.channels_last), None, None, None
+            return torch.where(outside, grad * ctx.slope, grad), None, None
+        return maps.clear_outside(grad, packed, ctx.channels_last, inplace=False), None, None
 
 
 class Activate(Function):
@@ -349,97 +337,13 @@ class Activate(Function):
         return ctx.derivative(grad, recipe.decode(grad.dtype)), None, None, None, None
 
 
-@dataclass(frozen=True)
-class Window:
-    """The windows of maximum pooling over maps ``(B, C, H, W)``.
-
-    Where a maximum stands in its window is a code of 2 bits for 2x2 windows, 4 for 3x3 and 4x4, at most 8.
-    """
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    ceil_mode: bool
-
-    @property
-    def positions(self) -> int:
-        return self.kernel[0] * self.kernel[1]
-
-    def _settings(self) -> tuple[Any, ...]:
-        return self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode
-
-    def _corners(self, outputs: torch.Size, width: int, device: torch.device) -> Tensor:
-        """``(Ho, Wo)`` int64: position of each window's first element in a flattened map; outside it where padded."""
-        rows, columns = (
-            torch.arange(n, device=device) * s - p
-            for n, s, p in zip(outputs[-2:], self.stride, self.padding, strict=True)
-        )
-        return rows[:, None] * width + columns
-
-    def _distances(self, width: int, device: torch.device) -> Tensor:
-        """``(positions,)`` int64: of each element of a window from its first, in a flattened map."""
-        rows, columns = (torch.arange(k, device=device) * d for k, d in zip(self.kernel, self.dilation, strict=True))
-        return (rows[:, None] * width + columns).flatten()
-
-    def _parts(self, outputs: torch.Size) -> Iterator[slice]:
-        """Images so many at a time that their int64 positions stay small."""
-        step = max(1, _POSITIONS // max(1, outputs[1:].numel()))
-        for first in range(0, outputs[0], step):
-            yield slice(first, first + step)
-
-    def pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The maxima, and the packed codes in the order of ``(B, C, Ho, Wo)``."""
-        width = x.shape[-1]
-        distances = self._distances(width, x.device)
-        rows, columns = ((k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True))
-        code_of = torch.zeros(rows * width + columns + 1, dtype=torch.uint8, device=x.device)
-        code_of[distances] = torch.arange(self.positions, device=x.device).to(torch.uint8)
-        results, codes = [], []
-        step = max(1, _POSITIONS * self.stride[0] * self.stride[1] // max(1, x.shape[1:].numel()))
-        for part in x.split(step):
-            y, index = functional.max_pool2d(
-                part, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode, return_indices=True
-            )
-            index = index.sub_(self._corners(y.shape, width, x.device))
-            codes.append(code_of.index_select(0, index.flatten()))
-            results.append(y)
-        y = results[0] if len(results) == 1 else torch.cat(results)
-        return y, pack(torch.cat(codes), bits_for(self.positions))
-
-    def _index(self, packed: Tensor, outputs: torch.Size, width: int) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the batch, and the positions ``(b, C, Ho, Wo)`` int64 of their maxima."""
-        codes = unpack(packed, bits_for(self.positions), outputs.numel()).view(outputs)
-        corners = self._corners(outputs, width, packed.device)
-        distances = self._distances(width, packed.device)
-        for part in self._parts(outputs):
-            chosen = codes[part]
-            yield part, distances.index_select(0, chosen.flatten().int()).view(chosen.shape) + corners
-
-    def spread(self, grad: Tensor, packed: Tensor, shape: torch.Size) -> Tensor:
-        """The adjoint of :meth:`pool`: the gradient of maps of a shape."""
-        parts = []
-        for part, index in self._index(packed, grad.shape, shape[-1]):
-            above = grad[part].contiguous()
-            stand_in = _stand_in(grad, (len(above), *shape[1:]))
-            parts.append(aten.max_pool2d_with_indices_backward(above, stand_in, *self._settings(), index))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def gather(self, x: Tensor, own: tuple[Tensor, ...], *, outputs: torch.Size) -> Tensor:
-        """Step of a recipe: the values of decoded maps where the maxima were."""
-        y = x.new_empty(outputs)
-        for part, index in self._index(own[0], outputs, x.shape[-1]):
-            y[part] = x[part].flatten(2).gather(2, index.flatten(2)).view_as(index)
-        return y
-
-
 class MaxPool(Function):
     """Maximum pooling that keeps codes; gives the maxima and the codes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        ctx.window, ctx.shape = window, x.shape
-        y, codes = window.pool(x)
+    def forward(ctx: Any, x: Tensor, window: maps.Window) -> tuple[Tensor, Tensor]:
+        y, codes = maps.pool_maxima(x, window)
+        ctx.window, ctx.shape, ctx.channels_last = window, x.shape, maps.is_channels_last(y)
         ctx.save_for_backward(codes)
         ctx.mark_non_differentiable(codes)
         ctx.set_materialize_grads(False)
@@ -449,7 +353,14 @@ class MaxPool(Function):
     @_once
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (codes,) = ctx.saved_tensors
-        return ctx.window.spread(grad, codes, ctx.shape), None
+        return maps.spread_maxima(grad, ctx.window, codes, ctx.shape, ctx.channels_last), None
+
+
+def pool_again(
+    x: Tensor, own: tuple[Tensor, ...], inplace: bool, *, window: maps.Window, outputs: torch.Size, channels_last: bool
+) -> Tensor:
+    """Step of a recipe: the values of decoded maps where the maxima were."""
+    return maps.pool_maxima_again(x, window, own[0], outputs, channels_last)
 
 
 class Average(Function):
@@ -488,7 +399,7 @@ class Drop(Function):
             y = x.mul_(noise) if inplace else x * noise
         if inplace:
             ctx.mark_dirty(x)
-        dropped = pack(stays.logical_not().reshape(-1), 1)
+        dropped = maps.pack(stays.logical_not().reshape(-1), 1)
         ctx.p = p
         ctx.save_for_backward(dropped)
         ctx.mark_non_differentiable(dropped)
@@ -498,17 +409,18 @@ class Drop(Function):
     @staticmethod
     @_once
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return drop_again(grad.clone(), ctx.saved_tensors, p=ctx.p), None, None
+        return drop_again(grad, ctx.saved_tensors, False, p=ctx.p), None, None
 
 
-def drop_again(x: Tensor, own: tuple[Tensor, ...], *, p: float) -> Tensor:
+def drop_again(x: Tensor, own: tuple[Tensor, ...], inplace: bool, *, p: float) -> Tensor:
     """Step of a recipe, and the derivative: what was dropped becomes zero, the rest is scaled.
 
     Args:
-        x: written over.
+        x: written over with ``inplace``.
         own: the packed bits.
         p: the probability.
     """
-    x = x.mul_(x.new_ones(()).div_(1 - p)).contiguous()
-    clear(x.view(-1), own[0])
+    factor = x.new_ones(()).div_(1 - p)
+    x = (x.mul_(factor) if inplace else x * factor).contiguous()
+    maps.clear(x.view(-1), own[0])
     return x

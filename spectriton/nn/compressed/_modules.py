@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from spectriton.nn.compressed import _functions as functions
 from spectriton.nn.compressed._recipes import SMALLEST_MAP, Derived, known_recipe, leave_note, recipe_of
+from spectriton.ops._maps import Window, is_channels_last
 
 if TYPE_CHECKING:
     from spectriton.codec import Codec
@@ -84,11 +85,12 @@ class CompressedBatchNorm2d(nn.BatchNorm2d):
         )
         if recipe is not None:
             statistics = (mean, invstd) if of_batch else (self.running_mean, self.running_var)
-            step = partial(
-                functions.normalise,
+            step = functions.Rebuild(
+                normed=True,
                 weighted=weight is not None,
                 biased=bias is not None,
                 eps=None if of_batch else self.eps,
+                channels_last=is_channels_last(y),
             )
             leave_note(y, Derived(recipe, step, [t for t in (*statistics, weight, bias) if t is not None]))
         result: Tensor = y
@@ -108,13 +110,12 @@ class _Rectifier(nn.Module):
         if not _differentiable(input):
             return _constant(super().forward(input))
         rectifier = self._rectifier()
-        with torch.no_grad():
-            outside = rectifier.outside(input)
         recipe = recipe_of(input, self.codec, overwritten=self.inplace)
-        step = partial(rectifier.rebuild, channels_last=functions.is_channels_last(input))
-        y: Tensor = functions.Rectify.apply(input, outside, rectifier, self.inplace)
-        leave_note(y, Derived(recipe, step, [outside]))
-        return y
+        channels_last = is_channels_last(input)
+        y, outside = functions.Rectify.apply(input, rectifier, self.inplace)
+        leave_note(y, functions.rectified(recipe, rectifier, outside, channels_last))
+        result: Tensor = y
+        return result
 
 
 class CompressedReLU(_Rectifier, nn.ReLU):
@@ -158,9 +159,9 @@ class _Activation(nn.Module):
         return y
 
 
-def _apply(function: Callable[..., Tensor], x: Tensor, own: tuple[Tensor, ...]) -> Tensor:
-    """Step of a recipe: an elementwise function, written over its argument."""
-    return function(x, inplace=True)
+def _apply(function: Callable[..., Tensor], x: Tensor, own: tuple[Tensor, ...], inplace: bool) -> Tensor:
+    """Step of a recipe: an elementwise function."""
+    return function(x, inplace=inplace)
 
 
 def _gelu(x: Tensor, inplace: bool, approximate: str) -> Tensor:
@@ -218,18 +219,19 @@ class CompressedMaxPool2d(nn.MaxPool2d):
     codec: Codec
 
     def forward(self, input: Tensor) -> Any:
-        window = functions.Window(
+        window = Window(
             _pair(self.kernel_size), _pair(self.stride), _pair(self.padding), _pair(self.dilation), self.ceil_mode
         )
         if self.return_indices or window.positions > 256 or not _differentiable(input) or not input.numel():
             y = super().forward(input)
             return y if self.return_indices else _constant(y)
         y, codes = functions.MaxPool.apply(input, window)
-        _note_pooled(input, y, partial(window.gather, outputs=y.shape), codes)
+        step = partial(functions.pool_again, window=window, outputs=y.shape, channels_last=is_channels_last(y))
+        _note_pooled(input, y, step, codes)
         return y
 
 
-def _apply_average(function: Callable[[Tensor], Tensor], x: Tensor, own: tuple[Tensor, ...]) -> Tensor:
+def _apply_average(function: Callable[[Tensor], Tensor], x: Tensor, own: tuple[Tensor, ...], inplace: bool) -> Tensor:
     """Step of a recipe: a mean over windows."""
     return function(x)
 

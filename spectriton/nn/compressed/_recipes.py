@@ -45,8 +45,13 @@ class Exact:
     def hold(self) -> None:
         pass
 
-    def decode(self, dtype: torch.dtype, own: bool = False) -> Tensor:
-        return self.tensors[0].detach().to(dtype, copy=own)
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        return self.take(dtype)[0]
+
+    def take(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        given = self.tensors[0].detach()
+        dense = given.to(dtype)
+        return dense, dense is not given
 
 
 class _Uses:
@@ -109,7 +114,10 @@ class Stored:
     def hold(self) -> None:
         self.uses.count += 1
 
-    def decode(self, dtype: torch.dtype, own: bool = False) -> Tensor:
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        return self.take(dtype)[0]
+
+    def take(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
         last, uses, backward = _thread.last, self.uses, torch._C._current_graph_task_id()
         key = (uses, dtype, backward)
         dense = last.dense if last.key == key else None
@@ -120,12 +128,12 @@ class Stored:
         uses.left -= 1
         if uses.left <= 0 or backward < 0:
             last.clear()
-            return dense
+            return dense, True
         if last.key is None:
             last.key, last.dense = key, dense
             # For nodes that are not run in this backward.
             torch.autograd.Variable._execution_engine.queue_callback(last.clear)
-        return dense.clone() if own else dense
+        return dense, False
 
 
 class Derived:
@@ -133,12 +141,13 @@ class Derived:
 
     Args:
         source: recipe of the module's input.
-        step: function of (input, ``own``) that gives the output. It may write into the input, and must hold no tensor.
+        step: function of (input, ``own``, ``inplace``) that gives the output. It may write into the input only with
+            ``inplace``, and must hold no tensor.
         own: tensors that the step needs.
     """
 
     def __init__(
-        self, source: Recipe, step: Callable[[Tensor, tuple[Tensor, ...]], Tensor], own: Sequence[Tensor] = ()
+        self, source: Recipe, step: Callable[[Tensor, tuple[Tensor, ...], bool], Tensor], own: Sequence[Tensor] = ()
     ) -> None:
         self.source = source
         self.step = step
@@ -163,8 +172,12 @@ class Derived:
     def hold(self) -> None:
         self.source.hold()
 
-    def decode(self, dtype: torch.dtype, own: bool = False) -> Tensor:
-        return self.step(self.source.decode(dtype, own=True), self.own)
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        return self.take(dtype)[0]
+
+    def take(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        dense, own = self.source.take(dtype)
+        return self.step(dense, self.own, own), True
 
 
 class Added:
@@ -198,14 +211,18 @@ class Added:
         self.first.hold()
         self.second.hold()
 
-    def decode(self, dtype: torch.dtype, own: bool = False) -> Tensor:
-        total = self.first.decode(dtype, own=True)
-        return total.add_(self.second.decode(dtype))
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        return self.take(dtype)[0]
+
+    def take(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        total, own = self.first.take(dtype)
+        other = self.second.decode(dtype)
+        return (total.add_(other) if own else total + other), True
 
 
 #: All four have ``tensors`` (flat, for ``save_for_backward``), ``with_tensors`` (the same around other tensors),
-#: ``hold`` and ``held``, ``copies`` (how many have to be decoded), and ``decode(dtype, own)``, which gives the dense
-#: tensor, to be written to only with ``own``.
+#: ``hold`` and ``held``, ``copies`` (how many have to be decoded), and ``decode(dtype)``, which gives the dense tensor;
+#: ``take`` also tells whether it may be written to.
 Recipe = Exact | Stored | Derived | Added
 
 

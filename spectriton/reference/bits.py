@@ -1,4 +1,4 @@
-"""Small integers, several to a byte."""
+"""Small integers, several to a byte; and ReLU, which keeps such a one for each value."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # The bytes of a byte's worth of values, read as one integer: with it and a multiplication they move together.
 _WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
@@ -42,6 +43,48 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed
     rows = _values_of_bytes(bits, torch.uint8, packed.device).view(_WORDS[bits]).flatten()
     return rows.index_select(0, packed.int()).view(torch.uint8)[:count]
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether maps ``(B, C, H, W)`` stand so in memory, and not in the usual order."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """Maps, or a view of them that is contiguous where they stand channels last."""
+    return x.permute(0, 2, 3, 1) if is_channels_last(x) else x
+
+
+def outside(x: Tensor, limit: float = float("inf")) -> Tensor:
+    """Which values of maps ``(B, C, H, W)`` are at most 0 or at least a limit, in the order of memory, packed."""
+    flat = in_memory_order(x).reshape(-1)
+    # NaN lies inside, as PyTorch has it.
+    found = flat <= 0
+    if limit != float("inf"):
+        found |= flat >= limit
+    return pack(found, 1)
+
+
+def rectify(x: Tensor, limit: float, inplace: bool) -> tuple[Tensor, Tensor]:
+    """ReLU, or ReLU6 with a limit of 6, of maps ``(B, C, H, W)``; and the bits of :func:`outside`."""
+    bits = outside(x, limit)
+    return (functional.relu if limit == float("inf") else functional.relu6)(x, inplace), bits
+
+
+def clear_outside(x: Tensor, bits: Tensor, channels_last: bool, inplace: bool) -> Tensor:
+    """Maps ``(B, C, H, W)`` with zeros where bits in the order of memory say so.
+
+    Args:
+        x: maps; they may be written over with ``inplace``.
+        bits: as :func:`outside` gives them.
+        channels_last: their order, in which the result stands, too.
+        inplace: whether to spare a copy.
+    """
+    dense = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if dense is x and not inplace:
+        dense = x.clone()
+    clear((dense.permute(0, 2, 3, 1) if channels_last else dense).view(-1), bits)
+    return dense
 
 
 def clear(x: Tensor, packed: Tensor) -> None:
