@@ -85,14 +85,14 @@ WORK = {
     ),
     "unpack_rows": Work(
         ("unpack_rows fp32 to fp32", "unpack_rows fp32 to fp32 tile 32"),
-        4,
+        5,
         _packed,
         lambda tile: 8,
         lambda passes: CACHE_LATENCY + 2 * MEMORY_LATENCY,  # row number, bitmap and offset, values
     ),
     "unpack_planes": Work(
         ("unpack_planes fp32 to fp32",),
-        5,
+        6,
         _packed,
         lambda tile: 8,
         # source and offset, then in each pass a piece of the bitmap and the values

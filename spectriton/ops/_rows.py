@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectriton import reference
 from spectriton._backend import backend
 from spectriton._counts import counts_of
 from spectriton.packed import Layout
@@ -47,12 +46,5 @@ def store_rows(
     scales: Tensor,
     pattern: RowPattern | None = None,
 ) -> None:
-    """Applies a pattern to whole rows ``y`` ``(Fc, P, 2)`` and rounds to the format of ``values``.
-
-    Integer values are left to the reference.
-    """
-    primitives = backend(y.device)
-    if primitives.name == "reference" or scales.numel():
-        reference.store_rows(y, bitmap, offsets, rows, values, scales, pattern)
-    else:
-        primitives.gather_rows(y, bitmap, offsets, rows, 0, values, pattern)
+    """Applies a pattern to whole rows ``y`` ``(Fc, P, 2)`` and rounds to the format of ``values``."""
+    backend(y.device).store_rows(y, bitmap, offsets, rows, values, scales, pattern)
