@@ -4,8 +4,10 @@ Plain torch is ``abs``, a comparison and ``masked_select``, which gives the same
 coefficient instead of a bit; for ``to_spectral``, ``rfft2`` goes before. Maps are photograph-like, the threshold keeps
 0.24 of the coefficients.
 
-Bytes: the dense side read once; kept values, bitmap and offsets written once. (The half spectrum in between is not
-counted in ``to_spectral``: staying in the cache is the point.) Buffers of the primitive are there before the call.
+Bytes: the dense side read once; kept values, bitmap, offsets and scales written once. (The half spectrum in between is
+not counted in ``to_spectral``: staying in the cache is the point.) Buffers of the primitive are there before the call.
+
+Values of 8 and 4 bits are compared with rounding what ``masked_select`` gives to int8 with one scale for all.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from bench.maps import (
 from bench.timing import CUDA, DEVICE, Measure, by_size, contenders, error, nbytes
 from spectriton import PackedSpectrum, ops, reference
 from spectriton._backend import backend
-from spectriton.packed import layout
+from spectriton.packed import PackedSize, layout
 
 SHAPE: Shape = by_size(cuda=(128, 128, 56, 56), cpu=(64, 64, 32, 32), quick=(8, 32, 16, 16))
 DENSITY = 0.24
@@ -61,11 +63,11 @@ def test_pack_rows(measure: Measure, contender: str) -> None:
     kept = int((z.abs() >= threshold).sum())
     primitives = reference if contender == "spectriton reference" else backend(DEVICE)
 
-    def pack(y: Tensor, bitmap: Tensor, offsets: Tensor, values: Tensor, cursor: Tensor) -> None:
+    def pack(y: Tensor, bitmap: Tensor, offsets: Tensor, values: Tensor, cursor: Tensor, scales: Tensor) -> None:
         primitives.pack_rows(y, sizes.row, threshold, rows, 0, bitmap, offsets, values, cursor)
 
     def rewound(y: Tensor, *packed: Tensor) -> tuple[Any, ...]:
-        packed[-1].zero_()
+        packed[3].zero_()
         return y, *packed
 
     def room(number: int) -> tuple[Any, ...]:
@@ -80,7 +82,7 @@ def test_pack_rows(measure: Measure, contender: str) -> None:
     moved = nbytes(y) + packed_nbytes(kept, sizes)
     group = f"pack_rows {SHAPE} at density {DENSITY}"
     if contender.startswith("spectriton"):
-        bitmap, offsets, values, cursor = packed = empty_packed(sizes, 2 * kept)
+        bitmap, offsets, values, cursor, _ = packed = empty_packed(sizes, 2 * kept)
         pack(y, *packed)
         assert abs(int(cursor) - kept) <= sizes.row
         got = reference.unpack_rows(
@@ -93,6 +95,60 @@ def test_pack_rows(measure: Measure, contender: str) -> None:
         values, mask = select(z, threshold)
         assert torch.equal(torch.zeros_like(z).masked_scatter_(mask, values)[1:], wanted[1:])
         measure(group, contender, select, dense, moved)
+
+
+def select_int8(z: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain torch: (kept values as int8, where they stood, their scale)."""
+    values, mask = select(z, threshold)
+    parts = torch.view_as_real(values)
+    scale = parts.abs().max() / 127
+    return (parts / scale).round_().to(torch.int8), mask, scale
+
+
+@contenders(
+    *("spectriton int8", "spectriton int4", "spectriton int8 stochastic", "torch masked_select int8"),
+    cuda=("spectriton reference int8",),
+)
+def test_pack_rows_in_low_bits(measure: Measure, contender: str) -> None:
+    sizes = layout(SHAPE)
+    rows = torch.arange(sizes.frequencies, device=DEVICE)
+    y = spectrum_rows(SHAPE)
+    z = torch.view_as_complex(y)
+    threshold = threshold_for(z[:, : sizes.row].abs(), DENSITY)
+    kept = int((z.abs() >= threshold).sum())
+    value_dtype = "int4" if "int4" in contender else "int8"
+    seed = torch.zeros((), dtype=torch.int64, device=DEVICE) if "stochastic" in contender else None
+    primitives = reference if "reference" in contender else backend(DEVICE)
+
+    def pack(y: Tensor, bitmap: Tensor, offsets: Tensor, values: Tensor, cursor: Tensor, scales: Tensor) -> None:
+        target = (bitmap, offsets, values, cursor)
+        primitives.pack_rows(y, sizes.row, threshold, rows, 0, *target, scales=scales, seed=seed)
+
+    def rewound(y: Tensor, *packed: Tensor) -> tuple[Any, ...]:
+        packed[3].zero_()
+        return y, *packed
+
+    def room(number: int) -> tuple[Any, ...]:
+        return spectrum_rows(SHAPE, number), *empty_packed(sizes, 2 * kept, value_dtype)
+
+    def dense(number: int) -> tuple[Any, ...]:
+        return torch.view_as_complex(spectrum_rows(SHAPE, number)), threshold
+
+    moved = nbytes(y) + PackedSize(SHAPE, kept, value_dtype).nbytes
+    group = f"pack_rows in low bits {SHAPE} at density {DENSITY}"
+    if contender.startswith("torch"):
+        values, mask, scale = select_int8(z, threshold)
+        got = torch.zeros_like(z).masked_scatter_(mask, torch.view_as_complex(values * scale))
+        assert (torch.view_as_real(got - torch.where(mask, z, 0)).abs() <= 0.501 * scale).all()
+        measure(group, contender, select_int8, dense, moved)
+        return
+    bitmap, offsets, values, _, scales = packed = empty_packed(sizes, 2 * kept, value_dtype)
+    pack(y, *packed)
+    got = reference.unpack_rows(values, scales, bitmap, offsets, rows, 0, sizes.tiles, torch.empty_like(y))
+    step = scales.repeat_interleave(sizes.tile, dim=1)[..., None]
+    wrong = (got - y).abs() > step * (1.001 if seed is not None else 0.501)
+    assert not wrong[decided(z, threshold) & ((z.abs() >= threshold) | (rows == 0)[:, None])].any()
+    measure(group, contender, pack, room, moved, prepare=rewound)
 
 
 @contenders("spectriton", "torch masked_select")

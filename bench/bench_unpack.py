@@ -3,8 +3,10 @@
 Plain torch is ``masked_scatter_`` into zeros with the mask held as a byte a coefficient; for ``to_spatial``, ``irfft2``
 comes after. Maps are photograph-like, 0.24 of the coefficients are kept.
 
-Bytes: kept values, bitmap and offsets read once, the dense side written once. The result of the primitive, and of
-``masked_scatter_`` beside it, is there before the call.
+Bytes: kept values, bitmap, offsets and scales read once, the dense side written once. The result of the primitive, and
+of ``masked_scatter_`` beside it, is there before the call.
+
+Values of 8 and 4 bits are compared with int8 values of one scale, made float32 before they are scattered.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from bench.maps import (
 from bench.timing import DEVICE, Measure, by_size, contenders, error, nbytes
 from spectriton import PackedSpectrum, ops, reference
 from spectriton._backend import backend
-from spectriton.packed import layout
+from spectriton.packed import PackedSize, layout
 
 SHAPE: Shape = by_size(cuda=(128, 128, 56, 56), cpu=(64, 64, 32, 32), quick=(8, 32, 16, 16))
 DENSITY = 0.24
@@ -49,8 +51,7 @@ def test_unpack_rows(measure: Measure, contender: str) -> None:
 
     def packed(number: int) -> tuple[Any, ...]:
         y = spectrum_rows(SHAPE, number)
-        bitmap, offsets, values = packed_rows(y, sizes, threshold)
-        return values, values.new_empty(0), bitmap, offsets, torch.full_like(y, torch.nan)
+        return *packed_rows(y, sizes, threshold), torch.full_like(y, torch.nan)
 
     def masked(number: int) -> tuple[Any, ...]:
         values, scales, bitmap, offsets, out = packed(number)
@@ -68,6 +69,52 @@ def test_unpack_rows(measure: Measure, contender: str) -> None:
     assert torch.equal((torch.view_as_complex(got) if spectriton else got)[sure], wanted[sure])
     moved = packed_nbytes(packed(0)[0].shape[0], sizes) + nbytes(z)
     measure(f"unpack_rows {SHAPE} at density {DENSITY}", contender, call, inputs, moved)
+
+
+def scatter_int8(values: Tensor, mask: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    return scatter(torch.view_as_complex(values * scale), mask, out)
+
+
+@contenders(
+    *("spectriton int8", "spectriton int4", "torch masked_scatter_ int8"),
+    cuda=("spectriton reference int8",),
+)
+def test_unpack_rows_of_low_bits(measure: Measure, contender: str) -> None:
+    sizes = layout(SHAPE)
+    rows = torch.arange(sizes.frequencies, device=DEVICE)
+    threshold = threshold_for(torch.view_as_complex(spectrum_rows(SHAPE))[:, : sizes.row].abs(), DENSITY)
+    value_dtype = "int4" if "int4" in contender else "int8"
+    primitives = reference if "reference" in contender else backend(DEVICE)
+
+    def unpack(values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+        return primitives.unpack_rows(values, scales, bitmap, offsets, rows, 0, sizes.tiles, out)
+
+    def packed(number: int) -> tuple[Any, ...]:
+        y = spectrum_rows(SHAPE, number)
+        return *packed_rows(y, sizes, threshold, value_dtype), torch.full_like(y, torch.nan)
+
+    def masked(number: int) -> tuple[Any, ...]:
+        z = torch.view_as_complex(spectrum_rows(SHAPE, number))
+        mask = z.abs() >= threshold
+        mask[0] = True
+        parts = torch.view_as_real(z[mask])
+        scale = parts.abs().max() / 127
+        return (parts / scale).round_().to(torch.int8), mask, scale, torch.full_like(z, torch.nan)
+
+    values, *others = arguments = packed(0) if contender.startswith("spectriton") else masked(0)
+    y = spectrum_rows(SHAPE)
+    if contender.startswith("spectriton"):
+        call, inputs = unpack, packed
+        got, step = call(*arguments), others[0].repeat_interleave(sizes.tile, dim=1)[..., None]
+    else:
+        call, inputs = scatter_int8, masked
+        got, step = torch.view_as_real(call(*arguments)), others[1]
+    z = torch.view_as_complex(y)
+    wanted = torch.where((z.abs() >= threshold) | (rows == 0)[:, None], z, 0)
+    wrong = (got - torch.view_as_real(wanted)).abs() > 0.501 * step
+    assert not wrong[decided(z, threshold)].any()
+    moved = PackedSize(SHAPE, values.shape[0], value_dtype).nbytes + nbytes(y)
+    measure(f"unpack_rows of low bits {SHAPE} at density {DENSITY}", contender, call, inputs, moved)
 
 
 def spectra(number: int, threshold: float) -> tuple[Tensor, PackedSpectrum]:

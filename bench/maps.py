@@ -8,7 +8,7 @@ from torch import Tensor
 from bench.timing import DEVICE, generator
 from spectriton import PackedSpectrum, reference
 from spectriton.frequencies import frequency_grid
-from spectriton.packed import Layout, layout
+from spectriton.packed import QUANTISED, VALUE_DTYPES, Layout, layout
 
 Shape = tuple[int, int, int, int]
 
@@ -59,22 +59,29 @@ def spectrum_rows(shape: Shape, seed: int = 0) -> Tensor:
     return y
 
 
-def empty_packed(sizes: Layout, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(bitmap, offsets, values, cursor)`` for ``pack_rows``, with room for so many coefficients."""
+def empty_packed(
+    sizes: Layout, room: int, value_dtype: str = "float32"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(bitmap, offsets, values, cursor, scales)`` for ``pack_rows``, with room for so many coefficients."""
+    tiles = sizes.frequencies, sizes.tiles
+    pairs = () if value_dtype == "int4" else (2,)
     return (
         torch.zeros(sizes.bitmap_shape, dtype=torch.uint8, device=DEVICE),
-        torch.zeros(sizes.frequencies, sizes.tiles, dtype=torch.int32, device=DEVICE),
-        torch.empty(room, 2, device=DEVICE),
+        torch.zeros(tiles, dtype=torch.int32, device=DEVICE),
+        torch.empty(room, *pairs, dtype=VALUE_DTYPES[value_dtype], device=DEVICE),
         torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        torch.zeros(tiles if value_dtype in QUANTISED else 0, device=DEVICE),
     )
 
 
-def packed_rows(y: Tensor, sizes: Layout, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(bitmap, offsets, values)`` of pairs ``(F, P, 2)``, in order, by the reference."""
-    bitmap, offsets, values, cursor = empty_packed(sizes, y.shape[0] * y.shape[1])
+def packed_rows(
+    y: Tensor, sizes: Layout, threshold: float, value_dtype: str = "float32"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(values, scales, bitmap, offsets)`` of pairs ``(F, P, 2)``, in order, by the reference."""
+    bitmap, offsets, values, cursor, scales = empty_packed(sizes, y.shape[0] * y.shape[1], value_dtype)
     rows = torch.arange(sizes.frequencies, device=DEVICE)
-    reference.pack_rows(y, sizes.row, threshold, rows, 0, bitmap, offsets, values, cursor)
-    return bitmap, offsets, values[: int(cursor)].clone()
+    reference.pack_rows(y, sizes.row, threshold, rows, 0, bitmap, offsets, values, cursor, scales=scales)
+    return values[: int(cursor)].clone(), scales, bitmap, offsets
 
 
 def packed_nbytes(kept: int, sizes: Layout) -> int:

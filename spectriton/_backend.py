@@ -87,6 +87,7 @@ class Backend:
     pack_rows = staticmethod(reference.pack_rows)
     unpack_rows = staticmethod(reference.unpack_rows)
     gather_rows = staticmethod(reference.gather_rows)
+    store_rows = staticmethod(reference.store_rows)
     unpack_planes = staticmethod(reference.unpack_planes)
     rows_of_maps = staticmethod(reference.rows_of_maps)
     rectify = staticmethod(bits.rectify)
@@ -206,7 +207,7 @@ class Backend:
 
 
 class TritonBackend(Backend):
-    """The Triton kernels; integer values are left to the reference."""
+    """The Triton kernels."""
 
     name = "triton"
     mixing = EmbeddedMixing
@@ -247,11 +248,13 @@ class TritonBackend(Backend):
         scale: Tensor | None = None,
         channels: int = 1,
         scales: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> None:
-        """As the reference's, but for integers."""
+        """As the reference's."""
         numbers = _row_numbers(rows, y.device)
+        key = None if seed is None else noise_key(seed)
         self._kernels.pack_rows(
-            y, length, threshold, numbers, t0, bitmap, offsets, values, cursor, kind, scale, channels
+            y, length, threshold, numbers, t0, bitmap, offsets, values, cursor, kind, scale, channels, scales, key
         )
 
     def unpack_rows(
@@ -267,8 +270,6 @@ class TritonBackend(Backend):
         pattern: RowPattern | None = None,
     ) -> Tensor:
         """As the reference's."""
-        if scales.numel():
-            return reference.unpack_rows(values, scales, bitmap, offsets, rows, t0, t1, out)
         numbers = _row_numbers(rows, out.device)
         return self._kernels.unpack_rows(values, scales, bitmap, offsets, numbers, t0, t1, out)
 
@@ -286,6 +287,20 @@ class TritonBackend(Backend):
         numbers = _row_numbers(rows, y.device)
         return self._kernels.gather_rows(y, bitmap, offsets, numbers, t0, out)
 
+    def store_rows(
+        self,
+        y: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        rows: slice | Tensor,
+        values: Tensor,
+        scales: Tensor,
+        pattern: RowPattern | None = None,
+        t0: int = 0,
+    ) -> None:
+        """As the reference's."""
+        self._kernels.gather_rows(y, bitmap, offsets, _row_numbers(rows, y.device), t0, values, scales)
+
     def unpack_planes(
         self,
         values: Tensor,
@@ -301,8 +316,7 @@ class TritonBackend(Backend):
         index: TileIndex | None = None,
     ) -> Tensor:
         """As the reference's."""
-        implementation = reference if scales.numel() else self._kernels
-        return implementation.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, count, row_scale, out)
+        return self._kernels.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, count, row_scale, out)
 
     def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
         """Of all rows: the kernels pass over those without bits."""

@@ -40,6 +40,8 @@ WORTH = 1.02
 _DENSITY = 0.25
 # The largest error of a result over the largest number in it.
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# One step, of 8 bits and of 4.
+_TOLERANCES |= {torch.int8: 1 / 127, torch.uint8: 1 / 7}
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,21 @@ def _activation_backward(shape: tuple[int, ...], dtype: torch.dtype, scale: Tens
     return Problem(run, expected, 3 * _nbytes(z))
 
 
+def _stored(kept: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Coefficients ``(N, 2)`` in a value format, and the scales of tiles that keep ``counts``; empty for floats."""
+    if dtype.is_floating_point:
+        return kept.to(dtype), kept.new_empty(0)
+    return reference.quantise(kept, counts, dtype)
+
+
+def _parts(values: Tensor) -> Tensor:
+    """Values as numbers ``(N, 2)``."""
+    if values.ndim == 2:
+        return values
+    signed = values.view(torch.int8)
+    return torch.stack([(signed << 4) >> 4, signed >> 4], dim=1)
+
+
 @dataclass(frozen=True)
 class _Packed:
     """A packed spectrum of random coefficients, and what it was made from.
@@ -266,7 +283,7 @@ class _Packed:
     Attributes:
         dense: ``(rows, T * tile, 2)``, zero where nothing is kept.
         mask: ``(rows, T * tile)``.
-        bitmap, offsets, values: as in ``docs/packed-format.md``, tiles in ascending order.
+        bitmap, offsets, values, scales: as in ``docs/packed-format.md``, tiles in ascending order.
         rows: numbers of all rows.
     """
 
@@ -275,6 +292,7 @@ class _Packed:
     bitmap: Tensor
     offsets: Tensor
     values: Tensor
+    scales: Tensor
     rows: Tensor
 
     @classmethod
@@ -283,19 +301,23 @@ class _Packed:
         dtype, value_dtype = dtypes
         mask = random.mask(rows, tiles * tile)
         mask[0] = True
-        coarse = min(dtypes, key=lambda dtype: (dtype.itemsize, torch.finfo(dtype).max))
+        floats = (dtype for dtype in dtypes if dtype.is_floating_point)
+        coarse = min(floats, key=lambda dtype: (dtype.itemsize, torch.finfo(dtype).max))
         dense = random.real(rows, tiles * tile, 2, dtype=coarse).to(dtype) * mask[..., None]
         bits = 1 << torch.arange(8, device=random.device)
         bitmap = (mask.view(rows, tiles, tile // 8, 8) * bits).sum(-1).to(torch.uint8)
-        kept = mask.view(rows * tiles, tile).sum(-1)
-        offsets = (kept.cumsum(0) - kept).view(rows, tiles).to(torch.int32)
+        kept = mask.view(rows, tiles, tile).sum(-1)
+        offsets = (kept.flatten().cumsum(0).view_as(kept) - kept).to(torch.int32)
         numbers = torch.arange(rows, device=random.device)
-        return cls(dense, mask, bitmap, offsets, dense[mask].to(value_dtype), numbers)
+        values, scales = _stored(dense[mask], kept, value_dtype)
+        if scales.numel():
+            reference.unpack_rows(values, scales, bitmap, offsets, numbers, 0, tiles, dense)
+        return cls(dense, mask, bitmap, offsets, values, scales, numbers)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed spectrum."""
-        return _nbytes(self.bitmap, self.offsets, self.values)
+        return _nbytes(self.bitmap, self.offsets, self.values, self.scales)
 
 
 def _pack_rows(case: Case, random: _Random) -> Problem:
@@ -307,20 +329,27 @@ def _pack_rows(case: Case, random: _Random) -> Problem:
     kept = given.dense + torch.where(given.dense < 0, -2, 2)
     y = torch.where(given.mask[..., None], kept, random.real(tiles, tile, 2, dtype=dtype).tanh() / 4)
     bitmap, offsets = torch.empty_like(given.bitmap), torch.empty_like(given.offsets)
-    values = torch.empty_like(given.values, dtype=value_dtype)
+    right, right_scales = _stored(torch.tanh(y[given.mask].double()), given.mask.sum(1, keepdim=True), value_dtype)
+    values, scales = torch.empty_like(right), torch.empty_like(right_scales)
     cursor = torch.zeros(1, dtype=torch.int64, device=random.device)
     rank = given.mask.cumsum(1) - 1
 
-    def run(config: Any) -> Run:
-        _spoil(bitmap, offsets, values)
-        launch = plan_pack_rows(y, tile, 1.0, given.rows, 0, bitmap, offsets, values, cursor, "tanh", None, 1, config)
+    def results() -> tuple[Tensor, ...]:
         # Tiles stand in the order in which programs ran; through the offsets they come in their own.
-        return Run(launch.run, lambda: (bitmap, cursor, values[(offsets + rank)[given.mask] % len(values)]))
+        return bitmap, cursor, _parts(values[(offsets + rank)[given.mask] % len(values)]), scales
+
+    def run(config: Any) -> Run:
+        _spoil(bitmap, offsets, values, scales)
+        target = (bitmap, offsets, values, cursor)
+        launch = plan_pack_rows(
+            y, tile, 1.0, given.rows, 0, *target, "tanh", None, 1, scales=scales, key=None, config=config
+        )
+        return Run(launch.run, results)
 
     def expected() -> tuple[Tensor, ...]:
-        return given.bitmap, cursor.new_tensor([len(values)]), torch.tanh(y[given.mask].double()).to(value_dtype)
+        return given.bitmap, cursor.new_tensor([len(values)]), _parts(right), right_scales
 
-    return Problem(run, expected, _nbytes(y) + _nbytes(bitmap, offsets, values), cursor.zero_)
+    return Problem(run, expected, _nbytes(y) + _nbytes(bitmap, offsets, values, scales), cursor.zero_)
 
 
 def _gather_rows(case: Case, random: _Random) -> Problem:
@@ -329,14 +358,14 @@ def _gather_rows(case: Case, random: _Random) -> Problem:
     (tiles, tile), dtypes = case.sizes, case.dtypes
     given = _Packed.random(tiles, 1, tile, dtypes, random)
     y = torch.where(given.mask[..., None], given.dense, 1)
-    out = torch.empty_like(given.values)
+    out, scales = torch.empty_like(given.values), torch.empty_like(given.scales)
 
     def run(config: Any) -> Run:
-        _spoil(out)
-        launch = plan_gather_rows(y, given.bitmap, given.offsets, given.rows, 0, out, config)
-        return Run(launch.run, lambda: (out,))
+        _spoil(out, scales)
+        launch = plan_gather_rows(y, given.bitmap, given.offsets, given.rows, 0, out, scales, config)
+        return Run(launch.run, lambda: (_parts(out), scales))
 
-    return Problem(run, lambda: (given.values,), _nbytes(y) + given.nbytes)
+    return Problem(run, lambda: (_parts(given.values), given.scales), _nbytes(y) + given.nbytes)
 
 
 def _unpack_rows(case: Case, random: _Random) -> Problem:
@@ -348,7 +377,9 @@ def _unpack_rows(case: Case, random: _Random) -> Problem:
 
     def run(config: Any) -> Run:
         _spoil(out)
-        launch = plan_unpack_rows(given.values, None, given.bitmap, given.offsets, given.rows, 0, 1, out, config)
+        launch = plan_unpack_rows(
+            given.values, given.scales, given.bitmap, given.offsets, given.rows, 0, 1, out, config
+        )
         return Run(launch.run, lambda: (out,))
 
     return Problem(run, lambda: (given.dense,), _nbytes(out) + given.nbytes)
@@ -372,7 +403,7 @@ def _unpack_planes(case: Case, random: _Random) -> Problem:
     def run(config: Any) -> Run:
         _spoil(out)
         launch = plan_unpack_planes(
-            given.values, None, given.bitmap, given.offsets, grid, 0, tiles, count, None, out, config
+            given.values, given.scales, given.bitmap, given.offsets, grid, 0, tiles, count, None, out, config
         )
         return Run(launch.run, lambda: (out,))
 
@@ -641,6 +672,8 @@ def check(case: Case, run: Run, expected: tuple[Tensor, ...]) -> None:
     for number, (result, right) in enumerate(zip(run.results(), expected, strict=True)):
         if result.shape != right.shape:
             raise WrongResult(f"result {number} has shape {tuple(result.shape)}, not {tuple(right.shape)}")
+        if not right.numel():
+            continue
         wide = torch.complex128 if result.is_complex() else torch.float64
         wanted = right.to(wide)
         error = float((result.to(wide) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
@@ -708,7 +741,7 @@ _CHUNK_BYTES = 32 << 20
 
 
 def default_cases() -> list[Case]:
-    """Of layers that networks have, in float32, values of 32 and 16 bits."""
+    """Of layers that networks have, in float32, values of 32, 16 and 8 bits."""
     return unique(case for layer in _LAYERS for case in layer_cases(*layer))
 
 
@@ -725,13 +758,14 @@ def layer_cases(batch: int, channels: int, size: int, kernel: int) -> Iterator[C
     yield Case("spectral_activation", (single,), (reals, 2 * positions))
     yield Case("spectral_activation_backward", (single,), (2 * rows * sizes.row,))
     yield Case("spectral_activation_scale_backward", (single,), (rows * batch, channels, 2))
-    for values in (single, half):
+    for values in (single, half, torch.int8):
         tiles = (rows * sizes.tiles, sizes.tile)
         planes = max(sizes.tile, min(sizes.row, _CHUNK_BYTES // (8 * positions)))
         yield Case("pack_rows", (single, values), tiles)
         yield Case("unpack_rows", (single, values), tiles)
         yield Case("unpack_planes", (single, values), (planes, positions, sizes.tile))
-    yield Case("gather_rows", (single, single), tiles)
+    for values in (single, torch.int8):
+        yield Case("gather_rows", (single, values), tiles)
     for name in ("kernel_spectrum", "kernel_spectrum_adjoint"):
         weights = max(1, min(sizes.frequencies, _CHUNK_BYTES // (16 * channels * channels)))
         yield Case(name, (single, single), (weights, 1, channels, channels, kernel * kernel))

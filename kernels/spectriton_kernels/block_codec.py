@@ -23,6 +23,7 @@ import triton.language as tl
 
 from ._device import convert
 from ._launch import Launch
+from ._rounding import uniform
 from .configs import DECODE_BLOCKS, ENCODE_BLOCKS, Blocks, ceil_div, next_power_of_2
 
 #: Channels of a slice, and the most in a group.
@@ -234,16 +235,6 @@ def decode_blocks_kernel(
 def level_of(levels_ptr, b_code, b_half, m_row):
     """Levels of codes from `-half` to `half - 1`."""
     return tl.load(levels_ptr + tl.where(b_code < 0, b_code + 4 * b_half, b_code + 2 * b_half), mask=m_row, other=0.0)
-
-
-@triton.jit
-def uniform(b_position, key):
-    """Noise in [0, 1) of positions (uint32) for a key, as `spectriton.reference.rounding.uniform` makes it."""
-    b_word = b_position * 0x9E3779B9 + key
-    b_word = (b_word ^ (b_word >> 16)) * 0x7FEB352D
-    b_word = (b_word ^ (b_word >> 15)) * 0x846CA68B
-    b_word = b_word ^ (b_word >> 16)
-    return (b_word >> 8).to(tl.float32) * (1.0 / (1 << 24))
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 The format is the one of docs/packed-format.md. One program handles some tiles that follow one another in the chunk, in
 one pass: it reads them once, finds the rank of each kept coefficient by a prefix sum, and (in `pack_rows`) reserves
 room for all of them with a single atomic add on the cursor. Tiles therefore stand in `values` in the order the programs
-happened to run; the contents of each tile do not depend on it.
+happened to run; the contents of each tile do not depend on it. As a program handles whole tiles, it finds the scales of
+low-bit values, too, and rounds to them in the same pass.
 """
 
 import torch
@@ -12,10 +13,13 @@ import triton.language as tl
 
 from ._device import convert, divide, load_kept, store_kept
 from ._launch import Launch
+from ._rounding import convert_stochastic, quantise, scale_of, words
 from .configs import GATHER_ROWS, PACK_ROWS, Tiles, ceil_div
 from .spectral_activation import KINDS, activate
 
-VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FLOAT_VALUES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Two integers of 8 bits a coefficient, or of 4 bits in a byte; tiles have scales.
+LOW_BIT_VALUES = {torch.int8: (2,), torch.uint8: ()}
 
 
 @triton.jit
@@ -31,12 +35,55 @@ def load_tiles(y_ptr, i_first, tiles, TILES: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def store_pairs(ptr, start, b_rank, m_pair, b_re, b_im):
-    """Scatters (TILES, TILE) pairs (re, im), in the dtype behind the pointer, to `start` (TILES,) plus rank."""
-    o_part = tl.arange(0, 2)[None, None, :]
-    b_pair = convert(tl.join(b_re, b_im), ptr)
-    p_pair = ptr + (start * 2)[:, None, None] + (b_rank[:, :, None] * 2 + o_part)
-    tl.store(p_pair, b_pair, mask=m_pair[:, :, None] & (o_part < 2))
+def store_pairs(
+    values_ptr,
+    scales_ptr,
+    key_ptr,
+    i_tile,
+    m_tile,
+    start,
+    b_rank,
+    m_kept,
+    m_pair,
+    b_re,
+    b_im,
+    STOCHASTIC: tl.constexpr,
+):
+    """Scatters kept coefficients in the format behind the pointer, and writes the scales of tiles where it has them.
+
+    Args:
+        values_ptr: values.
+        scales_ptr: (F, T) float32 scales (unused for floats).
+        key_ptr: int32, key of the noise (used with STOCHASTIC).
+        i_tile, m_tile: (TILES,) number of each tile, row * T + tile, and which of them exist.
+        start: (TILES,) where the values of each tile begin.
+        b_rank: (TILES, TILE) places of its coefficients after that.
+        m_kept: which of them are kept.
+        m_pair: which of these are stored.
+        b_re, b_im: their parts, float32 or float64.
+        STOCHASTIC: whether noise decides between the neighbours of a value in its format.
+    """
+    FORMAT: tl.constexpr = values_ptr.dtype.element_ty
+    TILE: tl.constexpr = b_re.shape[1]
+    key = 0
+    b_position = b_rank
+    if STOCHASTIC:
+        key = tl.load(key_ptr).to(tl.uint32, bitcast=True)
+        b_position = (i_tile * (2 * TILE)).to(tl.uint32)[:, None] + 2 * tl.arange(0, TILE).to(tl.uint32)[None, :]
+    if FORMAT.is_floating():
+        if STOCHASTIC:
+            b_re = convert_stochastic(b_re, values_ptr, b_position, key)
+            b_im = convert_stochastic(b_im, values_ptr, b_position + 1, key)
+        o_part = tl.arange(0, 2)[None, None, :]
+        b_pair = convert(tl.join(b_re, b_im), values_ptr)
+        p_pair = values_ptr + (start * 2)[:, None, None] + (b_rank[:, :, None] * 2 + o_part)
+        tl.store(p_pair, b_pair, mask=m_pair[:, :, None] & (o_part < 2))
+    else:
+        LEVELS: tl.constexpr = 127 if FORMAT == tl.int8 else 7
+        scale = scale_of(b_re, b_im, m_kept, LEVELS)
+        tl.store(scales_ptr + i_tile, scale, mask=m_tile)
+        b_word = quantise(b_re, b_im, scale, b_position, key, LEVELS, STOCHASTIC)
+        tl.store(words(values_ptr) + start[:, None] + b_rank, b_word, mask=m_pair)
 
 
 @triton.jit
@@ -47,8 +94,10 @@ def pack_rows_kernel(
     scale_ptr,  # (channels,)
     bitmap_ptr,  # (F, T, TILE // 8)
     offsets_ptr,  # (F, T)
-    values_ptr,  # (capacity, 2)
+    values_ptr,  # (capacity, 2), or (capacity,) for 4 bits
+    scales_ptr,  # (F, T)
     cursor_ptr,  # (1,)
+    key_ptr,  # ()
     threshold: tl.float64,
     length,
     first_tile,
@@ -60,6 +109,7 @@ def pack_rows_kernel(
     KIND: tl.constexpr,
     HAS_THRESHOLDS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -73,7 +123,9 @@ def pack_rows_kernel(
         bitmap_ptr: uint8 bitmap; the tiles of the chunk are written.
         offsets_ptr: int32 offsets; the tiles of the chunk are written.
         values_ptr: kept coefficients.
+        scales_ptr: float32 scales; for low-bit values the tiles of the chunk are written (else unused).
         cursor_ptr: int64 number of coefficients appended so far.
+        key_ptr: int32, key of the noise (used with STOCHASTIC).
         threshold: threshold of every channel (float64: a float32 argument would move it for float64 data).
         length: coefficients of a row, B * C; the rest of its last tile is padding.
         first_tile: tile t0 of the row with which the chunk begins.
@@ -84,6 +136,7 @@ def pack_rows_kernel(
         channels: C.
         KIND: name of the activation.
         HAS_THRESHOLDS, HAS_SCALE: whether the tensors are there.
+        STOCHASTIC: whether noise decides between the neighbours of a value in its format.
         TILE: coefficients of a tile.
         TILES: tiles a program handles.
     """
@@ -128,7 +181,8 @@ def pack_rows_kernel(
         b_im = activate(b_im, KIND)
     b_rank = tl.cumsum(b_kept, axis=1) - b_kept
     n_room = tl.minimum(tl.maximum(capacity - start, 0), TILE).to(tl.int32)
-    store_pairs(values_ptr, start, b_rank, m_kept & (b_rank < n_room[:, None]), b_re, b_im)
+    m_pair = m_kept & (b_rank < n_room[:, None])
+    store_pairs(values_ptr, scales_ptr, key_ptr, i_tile, m_tile, start, b_rank, m_kept, m_pair, b_re, b_im, STOCHASTIC)
 
     if first + n_all > capacity:
         # what does not fit is left empty: who reads the pattern before the cursor stays within `values`
@@ -143,7 +197,8 @@ def gather_rows_kernel(
     rows_ptr,  # (Fc,)
     bitmap_ptr,  # (F, T, TILE // 8)
     offsets_ptr,  # (F, T)
-    out_ptr,  # (N, 2)
+    out_ptr,  # (N, 2), or (N,) for 4 bits
+    scales_ptr,  # (F, T)
     first_tile,
     chunk_tiles,
     row_tiles,
@@ -159,6 +214,7 @@ def gather_rows_kernel(
         bitmap_ptr: uint8 bitmap of the pattern.
         offsets_ptr: int32 offsets of the pattern.
         out_ptr: values; the places of the chunk's tiles are written.
+        scales_ptr: float32 scales; for low-bit values the tiles of the chunk are written (else unused).
         first_tile: tile t0 of the row with which the chunk begins.
         chunk_tiles: tiles of a chunk row, Tc.
         row_tiles: tiles of a row, T.
@@ -174,7 +230,9 @@ def gather_rows_kernel(
     b_kept = load_kept(bitmap_ptr, i_tile, m_tile, TILE)
     start = tl.load(offsets_ptr + i_tile, mask=m_tile, other=0).to(tl.int64)
     b_re, b_im = load_tiles(y_ptr, i_first, tiles, TILES, TILE)
-    store_pairs(out_ptr, start, tl.cumsum(b_kept, axis=1) - b_kept, b_kept != 0, b_re, b_im)
+    b_rank = tl.cumsum(b_kept, axis=1) - b_kept
+    m_kept = b_kept != 0
+    store_pairs(out_ptr, scales_ptr, None, i_tile, m_tile, start, b_rank, m_kept, m_kept, b_re, b_im, False)
 
 
 def tile_geometry(bitmap: torch.Tensor, chunk: torch.Tensor) -> tuple[int, int, int]:
@@ -184,13 +242,15 @@ def tile_geometry(bitmap: torch.Tensor, chunk: torch.Tensor) -> tuple[int, int, 
     return tile, bitmap.shape[1], chunk.shape[1] // tile
 
 
-def require_float_values(values: torch.Tensor) -> None:
-    """Refuses int8 and 4-bit values, which only the reference backend reads and writes so far."""
-    if values.dtype not in VALUE_DTYPES:
-        raise NotImplementedError(
-            f"values of dtype {values.dtype} are not supported by the Triton kernels yet "
-            "(float32, float64, float16 and bfloat16 are): use the reference backend, spectriton.reference"
-        )
+def check_values(values: torch.Tensor, scales: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor | None:
+    """The scales that low-bit values have; None for floats, which come without, or with an empty tensor for them."""
+    if values.dtype in FLOAT_VALUES:
+        assert scales is None or not scales.numel(), "float values have no scales"
+        return None
+    assert values.shape[1:] == LOW_BIT_VALUES[values.dtype], "pairs of int8, or bytes of two 4-bit parts"
+    assert scales is not None and scales.shape == offsets.shape, "low-bit values have a scale a tile"
+    assert scales.dtype == torch.float32 and scales.is_contiguous(), "scales are float32 and contiguous"
+    return scales
 
 
 def plan_pack_rows(
@@ -206,10 +266,14 @@ def plan_pack_rows(
     kind: str,
     scale: torch.Tensor | None,
     channels: int,
+    scales: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
     config: Tiles | None = None,
 ) -> Launch:
     """The launch behind `pack_rows`, by default in the configuration chosen for it."""
-    require_float_values(values)
+    scales = check_values(values, scales, offsets)
+    if values.dtype.itemsize >= max(y.element_size(), 4):
+        key = None  # every value is its own neighbour
     assert kind in KINDS, kind
     tile, row_tiles, chunk_tiles = tile_geometry(bitmap, y)
     thresholds = threshold if isinstance(threshold, torch.Tensor) else None
@@ -223,6 +287,7 @@ def plan_pack_rows(
         "KIND": kind,
         "HAS_THRESHOLDS": thresholds is not None,
         "HAS_SCALE": scale is not None,
+        "STOCHASTIC": key is not None,
         "TILE": tile,
         "TILES": block_tiles,
         "num_warps": num_warps,
@@ -235,7 +300,9 @@ def plan_pack_rows(
         bitmap,
         offsets,
         values,
+        scales,
         cursor,
+        key,
         0.0 if isinstance(threshold, torch.Tensor) else float(threshold),
         length,
         t0,
@@ -261,6 +328,8 @@ def pack_rows(
     kind: str = "identity",
     scale: torch.Tensor | None = None,
     channels: int = 1,
+    scales: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
 ) -> None:
     """Decides what of a dense chunk is kept, activates it and appends it.
 
@@ -276,13 +345,20 @@ def pack_rows(
         t0: tile of the row with which the chunk begins.
         bitmap: `(F, T, tile // 8)` uint8, written at `[rows, t0:t0 + Tc]`.
         offsets: `(F, T)` int32, written at `[rows, t0:t0 + Tc]`.
-        values: `(N, 2)` float32, float64, float16 or bfloat16, written from `cursor[0]` on.
+        values: `(N, 2)` float32, float64, float16, bfloat16 or int8, or `(N,)` uint8 for 4 bits, written from
+            `cursor[0]` on.
         cursor: `(1,)` int64, advanced by the number of kept coefficients.
         kind: activation applied to what is kept, one of `spectral_activation.KINDS`.
         scale: `(channels,)` scale of the activation, or None.
         channels: C; the channel of a position of the row is its remainder by it.
+        scales: `(F, T)` float32, for low-bit values written at `[rows, t0:t0 + Tc]`: the largest part of what a tile
+            keeps is 127, or 7 for 4 bits. NaN where a part is not finite. Else None or empty.
+        key: 0-dimensional int32, key of the noise that rounds to either neighbour in the format; None rounds to the
+            nearest, of two to the even one.
     """
-    plan_pack_rows(y, length, threshold, rows, t0, bitmap, offsets, values, cursor, kind, scale, channels).run()
+    plan_pack_rows(
+        y, length, threshold, rows, t0, bitmap, offsets, values, cursor, kind, scale, channels, scales, key
+    ).run()
 
 
 def plan_gather_rows(
@@ -292,24 +368,31 @@ def plan_gather_rows(
     rows: torch.Tensor,
     t0: int,
     out: torch.Tensor,
+    scales: torch.Tensor | None = None,
     config: Tiles | None = None,
 ) -> Launch:
     """The launch behind `gather_rows`, by default in the configuration chosen for it."""
-    require_float_values(out)
+    scales = check_values(out, scales, offsets)
     tile, row_tiles, chunk_tiles = tile_geometry(bitmap, y)
     tiles = rows.shape[0] * chunk_tiles
     if config is None:
         config = GATHER_ROWS.choose(y.device, (y.dtype, out.dtype), (tiles, tile))
     block_tiles, num_warps = config.shape(tile, y.element_size())
-    args = (y.contiguous(), rows, bitmap, offsets, out, t0, chunk_tiles, row_tiles, tiles)
+    args = (y.contiguous(), rows, bitmap, offsets, out, scales, t0, chunk_tiles, row_tiles, tiles)
     meta = {"TILE": tile, "TILES": block_tiles, "num_warps": num_warps}
     return Launch(gather_rows_kernel, (ceil_div(tiles, block_tiles),), args, meta)
 
 
 def gather_rows(
-    y: torch.Tensor, bitmap: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor, t0: int, out: torch.Tensor
+    y: torch.Tensor,
+    bitmap: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    t0: int,
+    out: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Applies an existing pattern to a dense chunk: `out[offset + rank] = y` at the kept positions.
+    """Applies an existing pattern to a dense chunk: `out[offset + rank] = y` at the kept positions, rounded to nearest.
 
     Args:
         y: `(Fc, Tc * tile, 2)` real, dense chunk.
@@ -317,10 +400,12 @@ def gather_rows(
         offsets: `(F, T)` int32 pattern.
         rows: `(Fc,)` int64, distinct frequency rows.
         t0: tile of the row with which the chunk begins.
-        out: `(N, 2)` float32, float64, float16 or bfloat16, laid out as the pattern's values.
+        out: `(N, 2)` float32, float64, float16, bfloat16 or int8, or `(N,)` uint8 for 4 bits, laid out as the
+            pattern's values.
+        scales: `(F, T)` float32, for low-bit values written at `[rows, t0:t0 + Tc]`; else None or empty.
 
     Returns:
         `out`.
     """
-    plan_gather_rows(y, bitmap, offsets, rows, t0, out).run()
+    plan_gather_rows(y, bitmap, offsets, rows, t0, out, scales).run()
     return out

@@ -16,14 +16,21 @@ from .block_codec import plan_decode_blocks, plan_encode_blocks
 from .complex_product import plan_complex_product
 from .kernel_spectrum import plan_kernel_spectrum, plan_kernel_spectrum_adjoint
 from .max_pool import plan_pool_maxima, plan_spread_maxima
-from .pack import plan_gather_rows, plan_pack_rows
+from .pack import LOW_BIT_VALUES, plan_gather_rows, plan_pack_rows
 from .rebuild import plan_rebuild
 from .sign_bits import plan_clear_outside, plan_rectify
 from .spectral_activation import KINDS, plan_spectral_activation, plan_spectral_activation_backward
 from .unpack import plan_unpack_planes, plan_unpack_rows
 
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-SHORT_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+SHORT_NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "int8",
+    torch.uint8: "int4",
+}
 
 # A layer of 64 channels on 32 x 32 maps, 128 samples.
 BATCH, CHANNELS, HEIGHT, WIDTH, HALF_WIDTH = 128, 64, 32, 32, 17
@@ -72,6 +79,12 @@ def _pattern(tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def _values(dtype: torch.dtype, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(values, scales) of a quarter of the coefficients."""
+    scales = _meta(*offsets.shape) if dtype in LOW_BIT_VALUES else None
+    return _meta(FREQUENCIES * ROW // 4, *LOW_BIT_VALUES.get(dtype, (2,)), dtype=dtype), scales
+
+
 def _rows() -> torch.Tensor:
     return _meta(CHUNK, dtype=torch.int64)
 
@@ -86,9 +99,11 @@ def _pack(
     kind: str = "tanh",
     tile: int = 1024,
     per_channel: bool = False,
+    stochastic: bool = False,
     config: Any = None,
 ) -> Launch:
     bitmap, offsets = _pattern(tile)
+    values, scales = _values(value_dtype, offsets)
     return plan_pack_rows(
         _meta(CHUNK, ROW, 2, dtype=dtype),
         ROW,
@@ -97,35 +112,37 @@ def _pack(
         0,
         bitmap,
         offsets,
-        _meta(FREQUENCIES * ROW // 4, 2, dtype=value_dtype),
+        values,
         _meta(1, dtype=torch.int64),
         kind,
         _meta(CHANNELS) if per_channel else None,
         CHANNELS,
+        scales,
+        _meta(dtype=torch.int32) if stochastic else None,
         config,
     )
 
 
-def _gather(dtype: torch.dtype, tile: int = 1024, config: Any = None) -> Launch:
+def _gather(dtype: torch.dtype, value_dtype: torch.dtype, tile: int = 1024, config: Any = None) -> Launch:
     bitmap, offsets = _pattern(tile)
-    out = _meta(FREQUENCIES * ROW // 4, 2, dtype=dtype)
-    return plan_gather_rows(_meta(CHUNK, ROW, 2, dtype=dtype), bitmap, offsets, _rows(), 0, out, config)
+    out, scales = _values(value_dtype, offsets)
+    return plan_gather_rows(_meta(CHUNK, ROW, 2, dtype=dtype), bitmap, offsets, _rows(), 0, out, scales, config)
 
 
 def _unpack_rows(value_dtype: torch.dtype, dtype: torch.dtype, tile: int = 1024, config: Any = None) -> Launch:
     bitmap, offsets = _pattern(tile)
-    values = _meta(FREQUENCIES * ROW // 4, 2, dtype=value_dtype)
+    values, scales = _values(value_dtype, offsets)
     out = _meta(CHUNK, ROW, 2, dtype=dtype)
-    return plan_unpack_rows(values, None, bitmap, offsets, _rows(), 0, ROW // tile, out, config)
+    return plan_unpack_rows(values, scales, bitmap, offsets, _rows(), 0, ROW // tile, out, config)
 
 
 def _unpack_planes(value_dtype: torch.dtype, dtype: torch.dtype, row_scale: bool = False, config: Any = None) -> Launch:
     bitmap, offsets = _pattern(1024)
-    values = _meta(FREQUENCIES * ROW // 4, 2, dtype=value_dtype)
+    values, scales = _values(value_dtype, offsets)
     out = _meta(2048, HEIGHT, HALF_WIDTH, 2, dtype=dtype)
     factors = _meta(FREQUENCIES) if row_scale else None
     grid = SimpleNamespace(source=_meta(HEIGHT * HALF_WIDTH, dtype=torch.int32))
-    return plan_unpack_planes(values, None, bitmap, offsets, grid, 0, 2, 2048, factors, out, config)
+    return plan_unpack_planes(values, scales, bitmap, offsets, grid, 0, 2, 2048, factors, out, config)
 
 
 def _spectrum(
@@ -240,9 +257,11 @@ CORE = frozenset(
         "spectral_activation_backward fp64 tanh scale rows",
         "pack_rows fp64 to fp64 tanh",
         "pack_rows bf16 to bf16 tanh",
+        "pack_rows fp32 to int8 tanh stochastic",
         "gather_rows fp32",
         "unpack_rows fp32 to fp32",
         "unpack_planes fp32 to fp32",
+        "unpack_planes int4 to fp32",
         "kernel_spectrum fp32 to bf16 3x3",
         "kernel_spectrum_adjoint fp32 from fp32 3x3",
         "decode_blocks fp32 64 channels 8x8",
@@ -259,6 +278,7 @@ CORE = frozenset(
 def examples() -> list[Example]:
     """Every kernel in the configurations that matter."""
     single, double, half, brain = torch.float32, torch.float64, torch.float16, torch.bfloat16
+    bytes_, nibbles = torch.int8, torch.uint8
     found: list[Example] = []
 
     def add(name: str, plan: Callable[..., Launch], *args: object, loads: bool = False, stores: bool = False) -> None:
@@ -294,14 +314,25 @@ def examples() -> list[Example]:
     for tile in (32, 64, 256):
         add(f"pack_rows fp32 to fp32 tanh tile {tile}", _pack, single, single, "tanh", tile, loads=True)
     add("pack_rows fp32 to fp32 tanh per channel", _pack, single, single, "tanh", 1024, True, loads=True)
+    for pair in ((single, bytes_), (single, nibbles), (double, bytes_)):
+        add(f"pack_rows {_arrow(pair)} tanh", _pack, *pair, loads=True)
+    add("pack_rows fp32 to int8 tanh tile 32", _pack, single, bytes_, "tanh", 32, loads=True)
+    for pair in ((single, bytes_), (single, nibbles), (single, half), (double, brain)):
+        add(f"pack_rows {_arrow(pair)} tanh stochastic", _pack, *pair, "tanh", 1024, False, True, loads=True)
     for dtype in (single, double, half, brain):
-        add(f"gather_rows {SHORT_NAMES[dtype]}", _gather, dtype, loads=True)
-    add("gather_rows fp32 tile 32", _gather, single, 32, loads=True)
-    for pair in ((single, single), (double, double), (brain, brain), (half, single), (single, brain)):
+        add(f"gather_rows {SHORT_NAMES[dtype]}", _gather, dtype, dtype, loads=True)
+    add("gather_rows fp32 tile 32", _gather, single, single, 32, loads=True)
+    for pair in ((single, bytes_), (single, nibbles), (double, bytes_)):
+        add(f"gather_rows {_arrow(pair)}", _gather, *pair, loads=True)
+    for pair in (
+        *((single, single), (double, double), (brain, brain), (half, single), (single, brain)),
+        *((bytes_, single), (nibbles, single), (bytes_, double)),
+    ):
         add(f"unpack_rows {_arrow(pair)}", _unpack_rows, *pair, stores=True)
     for tile in (32, 64, 256):
         add(f"unpack_rows fp32 to fp32 tile {tile}", _unpack_rows, single, single, tile, stores=True)
-    for pair in ((single, single), (double, double), (brain, single)):
+    add("unpack_rows int8 to fp32 tile 32", _unpack_rows, bytes_, single, 32, stores=True)
+    for pair in ((single, single), (double, double), (brain, single), (bytes_, single), (nibbles, single)):
         add(f"unpack_planes {_arrow(pair)}", _unpack_planes, *pair)
     add("unpack_planes fp32 to fp32 row_scale", _unpack_planes, single, single, True)
 

@@ -37,7 +37,7 @@ class Work:
         examples: names of the example launches.
         operand: the argument that is counted, one coefficient to `reals` of its elements.
         reals: 2 for pairs, 4 for embedded weights, 1 for maps.
-        read, written: bytes a coefficient that have to be moved, for a tile of so many coefficients.
+        read, written: bytes a coefficient that have to be moved in a launch.
         latency: seconds of accesses that wait for one another, for so many passes of the loop.
         passes: passes of a program's loop.
         in_pass: (opcodes, how many of them a program needs for a pass, or bytes it stores): tells whether the compiler
@@ -46,8 +46,8 @@ class Work:
 
     examples: tuple[str, ...]
     operand: int
-    read: Callable[[int], float]
-    written: Callable[[int], float]
+    read: Callable[[Launch], float]
+    written: Callable[[Launch], float]
     latency: Callable[[int], float] = lambda passes: MEMORY_LATENCY
     reals: int = 2
     passes: Callable[[Launch], int] = lambda launch: 0
@@ -55,16 +55,33 @@ class Work:
 
 
 def _stream(operand: int, read: float, *names: str) -> Work:
-    return Work(names, operand, lambda tile: read, lambda tile: 8)
+    return Work(names, operand, lambda launch: read, lambda launch: 8)
 
 
 def _maps(operand: int, read: float, written: float, *names: str) -> Work:
-    return Work(names, operand, lambda tile: read, lambda tile: written, reals=1)
+    return Work(names, operand, lambda launch: read, lambda launch: written, reals=1)
 
 
-def _packed(tile: int) -> float:
-    """Bytes of a packed spectrum a coefficient: values, bitmap, offset."""
-    return 8 * DENSITY + 1 / 8 + 4 / tile
+def _values(operand: int) -> Callable[[Launch], float]:
+    """Bytes a coefficient of the values that a launch is given, and of their scales, which come next."""
+
+    def nbytes(launch: Launch) -> float:
+        values, scales = launch.args[operand : operand + 2]
+        of_scale = 0 if scales is None else 4 / launch.meta["TILE"]
+        return DENSITY * values.element_size() * values[:1].numel() + of_scale
+
+    return nbytes
+
+
+def _pattern(launch: Launch) -> float:
+    """Bytes a coefficient of bitmap and offset."""
+    return 1 / 8 + 4 / launch.meta["TILE"]
+
+
+def _packed(operand: int) -> Callable[[Launch], float]:
+    """Bytes a coefficient of a packed spectrum."""
+    values = _values(operand)
+    return lambda launch: values(launch) + _pattern(launch)
 
 
 WORK = {
@@ -74,31 +91,42 @@ WORK = {
     "spectral_activation_backward": _stream(2, 16, "spectral_activation_backward fp32 tanh"),
     "spectral_activation_scale_backward": _stream(3, 16, "spectral_activation_backward fp32 tanh scale maps"),
     "pack_rows": Work(
-        ("pack_rows fp32 to fp32 tanh", "pack_rows fp32 to fp32 tanh tile 32"),
+        (
+            "pack_rows fp32 to fp32 tanh",
+            "pack_rows fp32 to fp32 tanh tile 32",
+            "pack_rows fp32 to int8 tanh",
+            "pack_rows fp32 to int4 tanh",
+            "pack_rows fp32 to int8 tanh stochastic",
+        ),
         0,
-        lambda tile: 8,
-        _packed,
+        lambda launch: 8,
+        _packed(6),
         lambda passes: MEMORY_LATENCY + CACHE_LATENCY,  # the atomic waits for the data
     ),
     "gather_rows": Work(
-        ("gather_rows fp32", "gather_rows fp32 tile 32"),
+        ("gather_rows fp32", "gather_rows fp32 tile 32", "gather_rows fp32 to int8", "gather_rows fp32 to int4"),
         0,
-        lambda tile: 8 + _packed(tile) - 8 * DENSITY,
-        lambda tile: 8 * DENSITY,
+        lambda launch: 8 + _pattern(launch),
+        _values(4),
         lambda passes: CACHE_LATENCY + MEMORY_LATENCY,  # the row number before the bitmap
     ),
     "unpack_rows": Work(
-        ("unpack_rows fp32 to fp32", "unpack_rows fp32 to fp32 tile 32"),
-        4,
-        _packed,
-        lambda tile: 8,
+        (
+            "unpack_rows fp32 to fp32",
+            "unpack_rows fp32 to fp32 tile 32",
+            "unpack_rows int8 to fp32",
+            "unpack_rows int4 to fp32",
+        ),
+        5,
+        _packed(0),
+        lambda launch: 8,
         lambda passes: CACHE_LATENCY + 2 * MEMORY_LATENCY,  # row number, bitmap and offset, values
     ),
     "unpack_planes": Work(
-        ("unpack_planes fp32 to fp32",),
-        5,
-        _packed,
-        lambda tile: 8,
+        ("unpack_planes fp32 to fp32", "unpack_planes int8 to fp32", "unpack_planes int4 to fp32"),
+        6,
+        _packed(0),
+        lambda launch: 8,
         # source and offset, then in each pass a piece of the bitmap and the values
         lambda passes: CACHE_LATENCY + MEMORY_LATENCY + passes * (CACHE_LATENCY + MEMORY_LATENCY),
         passes=lambda launch: launch.meta["TILE"] // launch.meta["BLOCK_P"],
@@ -107,8 +135,8 @@ WORK = {
     "kernel_spectrum": Work(
         ("kernel_spectrum fp32 to fp32 3x3",),
         2,
-        lambda tile: 0,  # the taps come from the caches
-        lambda tile: 16,
+        lambda launch: 0,  # the taps come from the caches
+        lambda launch: 16,
         lambda passes: passes * CACHE_LATENCY,
         reals=4,
         passes=lambda launch: launch.meta["TAPS"],
@@ -117,8 +145,8 @@ WORK = {
     "kernel_spectrum_adjoint": Work(
         ("kernel_spectrum_adjoint fp32 from fp32 3x3",),
         0,
-        lambda tile: 16,
-        lambda tile: 0,
+        lambda launch: 16,
+        lambda launch: 0,
         lambda passes: passes * MEMORY_LATENCY,
         reals=4,
         passes=lambda launch: launch.args[8],
@@ -127,16 +155,16 @@ WORK = {
     "decode_blocks": Work(
         ("decode_blocks bf16 64 channels 8x8",),
         8,
-        lambda tile: 1 / 8,
-        lambda tile: 2,
+        lambda launch: 1 / 8,
+        lambda launch: 2,
         lambda passes: CACHE_LATENCY + MEMORY_LATENCY + CACHE_LATENCY,  # field, record, level
         reals=1,
     ),
     "encode_blocks": Work(
         ("encode_blocks bf16 64 channels 8x8",),
         0,
-        lambda tile: 2,
-        lambda tile: 1 / 8,
+        lambda launch: 2,
+        lambda launch: 1 / 8,
         lambda passes: MEMORY_LATENCY + (1 + passes) * CACHE_LATENCY,  # maps, ends of the slice, rows of the bits
         reals=1,
         passes=lambda launch: launch.args[12].shape[1] // launch.meta["BYTES"],
@@ -231,8 +259,7 @@ def row(job: Job, launch: Launch, compiled: Any) -> Row:
         total = sum(weight(i) * (passes if i.in_loop else 1) for i in instructions)
         return total * threads / per_program
 
-    tile = launch.meta.get("TILE", 1)
-    needed = work.read(tile) + work.written(tile)
+    needed = work.read(launch) + work.written(launch)
     programs = resident(resources["REG"], compiled.metadata.shared, warps)
     count = executed(lambda i: 1)
     seconds = {

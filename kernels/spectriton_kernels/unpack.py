@@ -14,8 +14,9 @@ import triton.language as tl
 
 from ._device import convert, load_kept
 from ._launch import Launch
+from ._rounding import dequantise, words
 from .configs import UNPACK_PLANES, UNPACK_ROWS, Planes, Tiles, ceil_div, next_power_of_2
-from .pack import require_float_values, tile_geometry
+from .pack import check_values, tile_geometry
 
 
 class Grid(Protocol):
@@ -27,8 +28,35 @@ class Grid(Protocol):
 
 
 @triton.jit
+def load_pairs(values_ptr, scales_ptr, i_tile, m_tile, start, b_rank, b_kept, DTYPE: tl.constexpr):
+    """Kept coefficients as pairs (TILES, TILE, 2), 0 for others; in DTYPE for low-bit values.
+
+    Args:
+        values_ptr: values.
+        scales_ptr: (F, T) float32 scales (unused for floats).
+        i_tile, m_tile: (TILES,) number of each tile, row * T + tile, and which of them exist.
+        start: (TILES,) where the values of each tile begin.
+        b_rank: (TILES, TILE) places of its coefficients after that.
+        b_kept: 1 where they are kept, else 0.
+        DTYPE: float32 or float64.
+    """
+    m_kept = b_kept != 0
+    if values_ptr.dtype.element_ty.is_floating():
+        # pairs, so that each coefficient is one access
+        o_part = tl.arange(0, 2)[None, None, :]
+        p_pair = values_ptr + (start * 2)[:, None, None] + (b_rank[:, :, None] * 2 + o_part)
+        return tl.load(p_pair, mask=m_kept[:, :, None] & (o_part < 2), other=0.0)
+    else:
+        b_word = tl.load(words(values_ptr) + start[:, None] + b_rank, mask=m_kept, other=0)
+        scale = tl.load(scales_ptr + i_tile, mask=m_tile, other=0.0).to(DTYPE)
+        # of a tile whose scale is NaN, what is not kept is zero still
+        return tl.where(m_kept[:, :, None], dequantise(b_word, scale), 0.0)
+
+
+@triton.jit
 def unpack_rows_kernel(
-    values_ptr,  # (N, 2)
+    values_ptr,  # (N, 2), or (N,) for 4 bits
+    scales_ptr,  # (F, T)
     bitmap_ptr,  # (F, T, TILE // 8)
     offsets_ptr,  # (F, T)
     rows_ptr,  # (Fc,)
@@ -44,6 +72,7 @@ def unpack_rows_kernel(
 
     Args:
         values_ptr: kept coefficients.
+        scales_ptr: float32 scales of low-bit values (else unused).
         bitmap_ptr: uint8 bitmap.
         offsets_ptr: int32 offsets.
         rows_ptr: int64 frequency row of each chunk row.
@@ -63,10 +92,8 @@ def unpack_rows_kernel(
     b_kept = load_kept(bitmap_ptr, i_tile, m_tile, TILE)
     start = tl.load(offsets_ptr + i_tile, mask=m_tile, other=0).to(tl.int64)
     b_rank = tl.cumsum(b_kept, axis=1) - b_kept
-    # pairs, so that each coefficient is one access
-    o_part = tl.arange(0, 2)[None, None, :]
-    p_value = values_ptr + (start * 2)[:, None, None] + (b_rank[:, :, None] * 2 + o_part)
-    b_value = tl.load(p_value, mask=(b_kept != 0)[:, :, None] & (o_part < 2), other=0.0)
+    DTYPE: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
+    b_value = load_pairs(values_ptr, scales_ptr, i_tile, m_tile, start, b_rank, b_kept, DTYPE)
     # flat offsets give 128-bit stores
     o_real = tl.arange(0, TILES * 2 * TILE)
     m_real = o_real < tl.minimum(tiles - i_first, TILES) * (2 * TILE)
@@ -76,7 +103,8 @@ def unpack_rows_kernel(
 
 @triton.jit
 def unpack_planes_kernel(
-    values_ptr,  # (N, 2)
+    values_ptr,  # (N, 2), or (N,) for 4 bits
+    scales_ptr,  # (F, T)
     bitmap_ptr,  # (F, T, TILE // 8)
     offsets_ptr,  # (F, T)
     source_ptr,  # (positions,)
@@ -95,6 +123,7 @@ def unpack_planes_kernel(
 
     Args:
         values_ptr: kept coefficients.
+        scales_ptr: float32 scales of low-bit values (else unused).
         bitmap_ptr: uint8 bitmap.
         offsets_ptr: int32 offsets.
         source_ptr: int32 row stored for each position of the half spectrum, or -1 - row where its conjugate stands.
@@ -131,7 +160,6 @@ def unpack_planes_kernel(
     o_real = o_first * 2 + tl.arange(0, 2 * BLOCK_S)
     m_real = o_real < 2 * positions
     o_plane = tl.arange(0, BLOCK_P)
-    o_part = tl.arange(0, 2)[None, None, :]
     for i_block in range(TILE // BLOCK_P):
         # planes run along the last dimension here, which neighbouring threads share: their values are contiguous
         o_byte = i_block * (BLOCK_P // 8) + tl.arange(0, BLOCK_P // 8)
@@ -140,11 +168,9 @@ def unpack_planes_kernel(
         b_byte = tl.load(p_byte, mask=m_byte, other=0).to(tl.int32)
         b_bits = (b_byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
         b_kept = tl.reshape(b_bits, [BLOCK_S, BLOCK_P])
-        o_kept = o_value[:, None] + tl.cumsum(b_kept, axis=1) - b_kept
-        # pairs, so that each coefficient is one access
-        p_value = values_ptr + o_kept[:, :, None] * 2 + o_part
-        b_pair = tl.load(p_value, mask=(b_kept != 0)[:, :, None] & (o_part < 2), other=0.0).to(factor.dtype)
-        b_re, b_im = tl.split(b_pair)
+        b_rank = tl.cumsum(b_kept, axis=1) - b_kept
+        b_pair = load_pairs(values_ptr, scales_ptr, o_tile, m_position, o_value, b_rank, b_kept, factor.dtype)
+        b_re, b_im = tl.split(b_pair.to(factor.dtype))
         b_re = tl.trans(b_re * factor[:, None])
         b_im = tl.trans(b_im * factor_im[:, None])
         o_value += tl.sum(b_kept, axis=1)
@@ -168,8 +194,7 @@ def plan_unpack_rows(
     config: Tiles | None = None,
 ) -> Launch:
     """The launch behind `unpack_rows`, by default in the configuration chosen for it."""
-    require_float_values(values)
-    assert scales is None or not scales.numel(), "float values have no scales"
+    scales = check_values(values, scales, offsets)
     assert out.is_contiguous(), "out must be contiguous"
     tile, row_tiles, chunk_tiles = tile_geometry(bitmap, out)
     assert chunk_tiles == t1 - t0 and out.shape[0] == rows.shape[0], "out must have the shape of the chunk"
@@ -177,7 +202,7 @@ def plan_unpack_rows(
     if config is None:
         config = UNPACK_ROWS.choose(out.device, (out.dtype, values.dtype), (tiles, tile))
     block_tiles, num_warps = config.shape(tile, out.element_size())
-    args = (values, bitmap, offsets, rows, out, t0, chunk_tiles, row_tiles, tiles)
+    args = (values, scales, bitmap, offsets, rows, out, t0, chunk_tiles, row_tiles, tiles)
     meta = {"TILE": tile, "TILES": block_tiles, "num_warps": num_warps}
     return Launch(unpack_rows_kernel, (ceil_div(tiles, block_tiles),), args, meta)
 
@@ -195,8 +220,8 @@ def unpack_rows(
     """Writes all of a dense chunk: kept coefficients, zero elsewhere.
 
     Args:
-        values: `(N, 2)` float32, float64, float16 or bfloat16.
-        scales: None or empty (only low-bit values have scales).
+        values: `(N, 2)` float32, float64, float16, bfloat16 or int8, or `(N,)` uint8 for 4 bits.
+        scales: `(F, T)` float32 of low-bit values; else None or empty.
         bitmap: `(F, T, tile // 8)` uint8.
         offsets: `(F, T)` int32.
         rows: `(Fc,)` int64, frequency rows.
@@ -224,8 +249,7 @@ def plan_unpack_planes(
     config: Planes | None = None,
 ) -> Launch:
     """The launch behind `unpack_planes`, by default in the configuration chosen for it."""
-    require_float_values(values)
-    assert scales is None or not scales.numel(), "float values have no scales"
+    scales = check_values(values, scales, offsets)
     assert out.is_contiguous() and out.shape[0] == count, "out must be contiguous and hold `count` planes"
     tile, row_tiles = bitmap.shape[2] * 8, bitmap.shape[1]
     assert count <= (t1 - t0) * tile, "more planes than the tiles hold"
@@ -235,6 +259,7 @@ def plan_unpack_planes(
     block_positions = min(next_power_of_2(positions), config.positions)
     args = (
         values,
+        scales,
         bitmap,
         offsets,
         grid.source,
@@ -272,8 +297,8 @@ def unpack_planes(
     """Writes the half spectra of the planes from `t0 * tile` on, conjugate mirror positions included.
 
     Args:
-        values: `(N, 2)` float32, float64, float16 or bfloat16.
-        scales: None or empty (only low-bit values have scales).
+        values: `(N, 2)` float32, float64, float16, bfloat16 or int8, or `(N,)` uint8 for 4 bits.
+        scales: `(F, T)` float32 of low-bit values; else None or empty.
         bitmap: `(F, T, tile // 8)` uint8.
         offsets: `(F, T)` int32.
         grid: frequency grid whose `source` is on the device of the data.

@@ -19,7 +19,7 @@ from spectriton._counts import Counts, note_counts
 from spectriton.frequencies import frequency_grid
 from spectriton.ops._room import Expected, expect, is_deferred, take_down
 from spectriton.packed import QUANTISED, VALUE_DTYPES, Layout, layout, make_edge, most_kept
-from spectriton.reference.pattern import from_bits, slots, tile_counts
+from spectriton.reference.pattern import slots, tile_counts
 from spectriton.reference.unpack import take_values
 
 # Moduli are counted by the leading bits of their float32 pattern: bins of 0.2 % of the modulus.
@@ -94,25 +94,15 @@ class Packer:
         sizes = self.sizes
         kept = reference.compact_rows(y, sizes.row, threshold, rows, t0, self.bitmap, kind, scale, sizes.channels)
         tiles = slice(t0, t0 + y.shape[1] // sizes.tile)
-        noise = None if self.seed is None else self._noise(self.seed, rows, tiles)
-        if self.scales.numel():
-            counts = tile_counts(self.bitmap[rows, tiles])
-            kept, self.scales[rows, tiles] = reference.quantise(kept, counts, self.value_dtype, noise)
-        elif noise is not None and self.value_dtype.itemsize < kept.dtype.itemsize:
-            kept = reference.stochastic_cast(kept, self.value_dtype, noise)
-        self._pieces.append(kept.to(self.value_dtype))
+        kept, scales = reference.to_format(kept, self.bitmap, rows, tiles, self.value_dtype, self.seed)
+        if scales is not None:
+            self.scales[rows, tiles] = scales
+        self._pieces.append(kept)
         self._tiles.append(tiles)
-
-    def _noise(self, seed: Tensor, rows: slice, tiles: slice) -> Tensor:
-        """``(n, 2)`` noise of the kept coefficients of a chunk, by their places in the spectrum."""
-        mask = from_bits(self.bitmap[rows, tiles].contiguous()).flatten(1)
-        row, place = torch.nonzero(mask, as_tuple=True)
-        positions = (row + rows.start) * self.sizes.padded_row + (place + tiles.start * self.sizes.tile)
-        return reference.uniform(seed, torch.stack([2 * positions, 2 * positions + 1], dim=1))
 
     def finish(self) -> Packed:
         """The packed tensors; the values stand in row order."""
-        pieces, self._pieces = self._pieces or [self._no_values()], []
+        pieces, self._pieces = self._pieces or [self._room(0)], []
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         del pieces
         check_kept(values.shape[0])
@@ -123,9 +113,10 @@ class Packer:
         offsets = torch.from_numpy(starts.astype(np.int32)).to(values.device)
         return Packed(make_edge(values.shape[0], self.dtype, values.device), values, self.scales, self.bitmap, offsets)
 
-    def _no_values(self) -> Tensor:
+    def _room(self, count: int) -> Tensor:
+        """For the values of so many coefficients."""
         pairs = (2,) if self.value_dtype != torch.uint8 else ()
-        return torch.empty(0, *pairs, dtype=self.value_dtype, device=self.bitmap.device)
+        return torch.empty(count, *pairs, dtype=self.value_dtype, device=self.bitmap.device)
 
     def _in_row_order(self, values: Tensor, counts: NDArray[np.int64]) -> Tensor:
         """Values that came as columns of tiles, all frequencies of one column before those of the next."""
@@ -153,11 +144,13 @@ class KernelPacker(Packer):
     nothing is lost, whatever comes.
     """
 
-    def __init__(self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(sizes, value_dtype, dtype, device)
+    def __init__(
+        self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device, seed: Tensor | None = None
+    ) -> None:
+        super().__init__(sizes, value_dtype, dtype, device, seed)
         self._primitives = backend(device)
         self._offsets = torch.zeros(sizes.frequencies, sizes.tiles, dtype=torch.int32, device=device)
-        self._buffer = self._no_values()
+        self._buffer = self._room(0)
         self._density = 0.5  # of the last chunk; a guess for the first
         self._kept = 0
 
@@ -176,11 +169,11 @@ class KernelPacker(Packer):
 
         def pack(room: int) -> int:
             if self._buffer.shape[0] < room:
-                self._buffer = torch.empty(room, 2, dtype=self.value_dtype, device=y.device)
+                self._buffer = self._room(room)
             target = (self.bitmap, self._offsets, self._buffer, cursor)
             self._primitives.pack_rows(
-                y, sizes.row, threshold, rows, t0, *target, kind, scale, sizes.channels
-            )  # fmt: skip
+                y, sizes.row, threshold, rows, t0, *target, kind, scale, sizes.channels, self.scales, self.seed
+            )
             return int(cursor)
 
         kept = pack(min(coefficients, int(1.25 * self._density * coefficients) + 1024))
@@ -196,8 +189,8 @@ class KernelPacker(Packer):
 
     def finish(self) -> Packed:
         """The packed tensors; the kernels do not care for the order of the values."""
-        pieces, self._pieces = self._pieces or [self._no_values()], []
-        self._buffer = self._no_values()
+        pieces, self._pieces = self._pieces or [self._room(0)], []
+        self._buffer = self._room(0)
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         counts = Counts(_count(torch.full((1,), self._kept, device=values.device), self.bitmap))
         note_counts(self.bitmap, counts)
@@ -213,13 +206,19 @@ class RoomPacker(Packer):
     """
 
     def __init__(
-        self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device, expected: Expected
+        self,
+        sizes: Layout,
+        value_dtype: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        expected: Expected,
+        seed: Tensor | None = None,
     ) -> None:
-        super().__init__(sizes, value_dtype, dtype, device)
+        super().__init__(sizes, value_dtype, dtype, device, seed)
         self._primitives = backend(device)
         self._expected = expected
         self._offsets = torch.zeros(sizes.frequencies, sizes.tiles, dtype=torch.int32, device=device)
-        self._values = torch.empty(expected.kept, 2, dtype=self.value_dtype, device=device)
+        self._values = self._room(expected.kept)
         self._cursor = torch.zeros(1, dtype=torch.int64, device=device)
 
     def append(
@@ -234,8 +233,8 @@ class RoomPacker(Packer):
         """As the reference's."""
         target = (self.bitmap, self._offsets, self._values, self._cursor)
         self._primitives.pack_rows(
-            y, self.sizes.row, threshold, rows, t0, *target, kind, scale, self.sizes.channels
-        )  # fmt: skip
+            y, self.sizes.row, threshold, rows, t0, *target, kind, scale, self.sizes.channels, self.scales, self.seed
+        )
 
     def fits(self) -> bool:
         """Whether all is there, for which the host waits; where checks are deferred, it is taken for granted."""
@@ -268,15 +267,9 @@ def _count(kept: Tensor, bitmap: Tensor) -> Tensor:
 def packer(
     sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device, seed: Tensor | None = None
 ) -> Packer:
-    """The :class:`Packer` for a device and a value format, whatever it is given to pack."""
-    if _by_kernels(value_dtype, device, seed):
-        return KernelPacker(sizes, value_dtype, dtype, device)
-    return Packer(sizes, value_dtype, dtype, device, seed)
-
-
-def _by_kernels(value_dtype: str, device: torch.device, seed: Tensor | None) -> bool:
-    """Whether the kernels pack: they neither write integers nor round at random."""
-    return backend(device).name == "triton" and value_dtype not in QUANTISED and seed is None
+    """The :class:`Packer` for a device, whatever it is given to pack."""
+    making = KernelPacker if backend(device).name == "triton" else Packer
+    return making(sizes, value_dtype, dtype, device, seed)
 
 
 def pack_chunks(
@@ -297,9 +290,9 @@ def pack_chunks(
         sizes, value_dtype, dtype, device, seed: as for :class:`Packer`.
         most: coefficients that the thresholding rule keeps at most, None where it does not say.
     """
-    expected = expect(sizes, most) if _by_kernels(value_dtype, device, seed) else None
+    expected = expect(sizes, most) if backend(device).name == "triton" else None
     if expected is not None:
-        ahead = RoomPacker(sizes, value_dtype, dtype, device, expected)
+        ahead = RoomPacker(sizes, value_dtype, dtype, device, expected, seed)
         fill(ahead)
         if ahead.fits():
             return ahead.finish()

@@ -163,9 +163,9 @@ def deferred_packing() -> Iterator[None]:
     """Within this block the host does not wait for packing; at its end it looks at what was kept.
 
     For a GPU, whose Triton kernels pack into room chosen from what each layer kept before. They wait as ever in a
-    layer's first pass, for integer values, stochastic rounding, and ops called by themselves with a threshold. Packed
-    spectra made within have room to spare: 1/16, and what the layer kept less than in the largest of its last 4
-    passes. ``nbytes`` counts it, ``kept`` and ``density`` do not, and wait for the number.
+    layer's first pass, and in ops called by themselves with a threshold. Packed spectra made within have room to
+    spare: 1/16, and what the layer kept less than in the largest of its last 4 passes. ``nbytes`` counts it, ``kept``
+    and ``density`` do not, and wait for the number.
 
     It should end before what cannot be taken back, the step of an optimiser, and best after the backward pass has been
     launched: a GPU that is at work there is waited for without running dry. Inside another such block it does nothing.

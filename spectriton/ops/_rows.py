@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectriton import reference
 from spectriton._backend import backend
 from spectriton._counts import counts_of
 from spectriton.packed import Layout
@@ -48,12 +47,5 @@ def store_rows(
     pattern: RowPattern | None = None,
     t0: int = 0,
 ) -> None:
-    """Applies a pattern to ``y`` ``(Fc, Tc * tile, 2)``, tiles from ``t0`` on, and rounds to the format of ``values``.
-
-    Integer values are left to the reference.
-    """
-    primitives = backend(y.device)
-    if primitives.name == "reference" or scales.numel():
-        reference.store_rows(y, bitmap, offsets, rows, values, scales, pattern, t0)
-    else:
-        primitives.gather_rows(y, bitmap, offsets, rows, t0, values, pattern)
+    """Applies a pattern to ``y`` ``(Fc, Tc * tile, 2)``, tiles from ``t0`` on; rounds to the format of ``values``."""
+    backend(y.device).store_rows(y, bitmap, offsets, rows, values, scales, pattern, t0)

@@ -15,7 +15,7 @@ from spectriton.reference.kernel_spectrum import (
     taps_matrix,
     taps_of_matrix,
 )
-from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise
+from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise, to_format
 from spectriton.reference.pattern import RowPattern, TileIndex, filled_rows, row_pattern, tile_index
 from spectriton.reference.rounding import ROUNDINGS, copy_in_range, make_seed, seed_of, stochastic_cast, uniform
 from spectriton.reference.spectral_activation import (
@@ -74,6 +74,7 @@ __all__ = [
     "taps_matrix",
     "taps_of_matrix",
     "tile_index",
+    "to_format",
     "uniform",
     "unpack_codes",
     "unpack_maps",

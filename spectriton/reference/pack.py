@@ -9,12 +9,14 @@ from torch import Tensor
 from spectriton.reference.pattern import (
     RowPattern,
     channel_of,
+    from_bits,
     row_index,
     row_pattern,
     tile_counts,
     to_bits,
     true_positions,
 )
+from spectriton.reference.rounding import stochastic_cast, uniform
 from spectriton.reference.spectral_activation import activate
 
 # Moduli are made for so many coefficients at a time: what one step writes, the next finds in the cache.
@@ -100,6 +102,7 @@ def pack_rows(
     scale: Tensor | None = None,
     channels: int = 1,
     scales: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> None:
     """Threshold, activate and compact a dense chunk.
 
@@ -118,6 +121,7 @@ def pack_rows(
         scale: ``(channels,)`` scale of the activation.
         channels: channel = position in the row modulo ``channels``.
         scales: ``(F, T)``, for integer values: written at ``rows`` and the chunk's tiles.
+        seed: of stochastic rounding, 0-dimensional int64; to nearest where left out.
     """
     kept = compact_rows(y, length, threshold, rows, t0, bitmap, kind, scale, channels)
     tiles = slice(t0, t0 + y.shape[1] // (bitmap.shape[2] * 8))
@@ -126,12 +130,40 @@ def pack_rows(
     first = int(cursor)
     cursor += kept.shape[0]
     offsets[place] = (torch.cumsum(counts.flatten(), 0).view_as(counts) - counts + first).to(offsets.dtype)
-    if scales is not None and scales.numel():
-        kept, scales[place] = quantise(kept, counts, values.dtype)
+    kept, of_tiles = to_format(kept, bitmap, rows, tiles, values.dtype, seed)
+    if scales is not None and of_tiles is not None:
+        scales[place] = of_tiles
     if int(cursor) <= values.shape[0]:
         values[first : int(cursor)] = kept
     else:
         bitmap[place], offsets[place] = 0, 0
+
+
+def to_format(
+    kept: Tensor, bitmap: Tensor, rows: slice | Tensor, tiles: slice, dtype: torch.dtype, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Kept coefficients ``(n, 2)`` of a chunk in their format, and the scales of its tiles where these are integers.
+
+    Args:
+        kept: in row order.
+        bitmap: ``(F, T, tile / 8)``, which says at ``rows`` and ``tiles`` where they stand.
+        rows, tiles: the frequencies and the tiles of the chunk.
+        dtype: of the values; uint8 for 4 bits.
+        seed: of stochastic rounding, 0-dimensional int64; to nearest where it is None.
+    """
+    bits = bitmap[row_index(rows), tiles].contiguous()
+    noise = None
+    if seed is not None:
+        tile, padded = bitmap.shape[2] * 8, bitmap.shape[1] * bitmap.shape[2] * 8
+        row, place = torch.nonzero(from_bits(bits).flatten(1), as_tuple=True)
+        row = rows[row] if isinstance(rows, Tensor) else row + rows.start
+        positions = row * padded + (place + tiles.start * tile)
+        noise = uniform(seed, torch.stack([2 * positions, 2 * positions + 1], dim=1))
+    if not dtype.is_floating_point:
+        return quantise(kept, tile_counts(bits), dtype, noise)
+    if noise is not None and dtype.itemsize < kept.dtype.itemsize:
+        kept = stochastic_cast(kept, dtype, noise)
+    return kept.to(dtype), None
 
 
 def quantise(kept: Tensor, counts: Tensor, dtype: torch.dtype, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -147,9 +179,10 @@ def quantise(kept: Tensor, counts: Tensor, dtype: torch.dtype, noise: Tensor | N
     peak = torch.zeros(counts.numel(), dtype=kept.dtype, device=kept.device)
     peak.scatter_reduce_(0, tile_of, largest, "amax")
     peak[~peak.isfinite()] = torch.nan
-    scale = (peak / levels).to(torch.float32)
-    divisor = torch.where(scale > 0, scale, 1).to(kept.dtype)
-    steps = kept / divisor[tile_of][:, None]
+    # Not subnormal, so that it has an inverse.
+    scale = (peak / levels).to(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny)
+    inverse = 1 / scale.to(kept.dtype)
+    steps = kept * inverse[tile_of][:, None]
     steps = steps.round_() if noise is None else steps.add_(noise).floor_()
     levels_of = steps.nan_to_num_(0).clamp_(-levels, levels).to(torch.int8)
     if dtype == torch.uint8:

@@ -290,20 +290,6 @@ def test_not_contiguous(device):
     check_chunk(packed, cursor, expected_mask(dense, [1, 2], 1.0), dense, [1, 2], 0, 0)
 
 
-def test_low_bit_values_name_the_reference(device):
-    packed, cursor = empty_packed(3, 64, 32, 8, torch.float32, device)
-    rows = torch.tensor([1], device=device)
-    y = torch.zeros(1, 64, 2, device=device)
-    for values in (
-        torch.zeros(8, 2, dtype=torch.int8, device=device),
-        torch.zeros(8, dtype=torch.uint8, device=device),
-    ):
-        with pytest.raises(NotImplementedError, match="reference"):
-            pack_rows(y, 64, 1.0, rows, 0, packed.bitmap, packed.offsets, values, cursor)
-        with pytest.raises(NotImplementedError, match="reference"):
-            gather_rows(y, packed.bitmap, packed.offsets, rows, 0, values)
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("tile", "length", "t0", "t1", "rows"),

@@ -146,18 +146,3 @@ def test_unpack_planes_row_scale(value_dtype, dtype, device):
     expected[grid.index] = chunk
     expected[grid.mirror_index] = chunk[grid.mirror_row].conj()
     assert torch.equal(out.double(), torch.view_as_real(expected.T.contiguous()).view(40, 5, 4, 2))
-
-
-def test_low_bit_values_name_the_reference(device):
-    grid = grid_by_hand(2, 2, device)
-    bitmap = torch.zeros(4, 1, 4, dtype=torch.uint8, device=device)
-    offsets = torch.zeros(4, 1, dtype=torch.int32, device=device)
-    scales = torch.ones(4, 1, device=device)
-    for values in (
-        torch.zeros(8, 2, dtype=torch.int8, device=device),
-        torch.zeros(8, dtype=torch.uint8, device=device),
-    ):
-        with pytest.raises(NotImplementedError, match="reference"):
-            unpack_rows(values, scales, bitmap, offsets, torch.arange(2, device=device), 0, 1, torch.empty(2, 32, 2))
-        with pytest.raises(NotImplementedError, match="reference"):
-            unpack_planes(values, scales, bitmap, offsets, grid, 0, 1, 1, None, torch.empty(1, 2, 2, 2))

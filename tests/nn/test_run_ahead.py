@@ -35,7 +35,7 @@ def network(device: torch.device) -> nn.Sequential:
     room = {"workspace": WORKSPACE}
     return nn.Sequential(
         snn.ToSpectral(0.3, **room),
-        snn.SpecBlock(3, 4, 3, 0.5, norm=True, activation_scale=2.0, **room),
+        snn.SpecBlock(3, 4, 3, 0.5, norm=True, activation_scale=2.0, value_dtype="int8", **room),
         snn.MaxPool2d(2, threshold=0.2, **room),
         snn.SpatialReLU(density=0.5, **room),
         snn.SpecBlock(4, 4, 3, activation="identity", density=0.4, stride=2, **room),

@@ -7,6 +7,7 @@ import torch
 from torch.autograd import gradcheck
 
 from spectriton import ops
+from spectriton.ops._room import Room, with_room
 from tests import oracles
 
 SHAPES = [(2, 3, 8, 8), (1, 1, 5, 7), (2, 20, 4, 3), (1, 2, 1, 1)]
@@ -88,14 +89,38 @@ def test_stochastic_rounding(value_dtype: str):
     assert errors.abs().max() <= 1.001 * spacing * exact.abs().max()
 
 
-@pytest.mark.parametrize("value_dtype", ["float16", "int4"])
-def test_stochastic_rounding_on_both_backends(backend: str, device: torch.device, value_dtype: str):
-    x = torch.randn(2, 3, 4, 4, device=device)
-    settings = {"threshold": 0.5, "value_dtype": value_dtype, "seed": 1}
-    packed = ops.to_spectral(x, rounding="stochastic", **settings)
-    assert not torch.equal(packed.values, ops.to_spectral(x, **settings).values)
-    expected = ops.to_spectral(x.cpu(), rounding="stochastic", **settings)
-    torch.testing.assert_close(packed.to_dense().cpu(), expected.to_dense())
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("value_dtype", ["float16", "int8", "int4"])
+def test_rounding_on_both_backends(backend: str, device: torch.device, value_dtype: str, rounding: str, monkeypatch):
+    """The same values and scales to the bit, whatever packs, and however the maps are cut."""
+    spectrum = torch.fft.rfft2(torch.randn(11, 3, 4, 5), norm="ortho").to(device)
+    settings = {"size": (4, 5), "threshold": 0.5, "value_dtype": value_dtype, "seed": 1, "rounding": rounding}
+    packed = ops.pack(spectrum, **settings)
+    if rounding == "stochastic":
+        assert not torch.equal(packed.to_dense(), ops.pack(spectrum, **{**settings, "rounding": "nearest"}).to_dense())
+    dense = packed.to_dense()
+    monkeypatch.setenv("SPECTRITON_BACKEND", "reference")
+    expected = ops.pack(spectrum.cpu(), **settings, workspace=1)
+    assert torch.equal(packed.scales.cpu(), expected.scales) and torch.equal(packed.bitmap.cpu(), expected.bitmap)
+    assert torch.equal(dense.cpu(), expected.to_dense())
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("value_dtype", ["int8", "int4"])
+def test_low_bit_values_that_overflow_their_room(value_dtype: str, device: torch.device, monkeypatch):
+    """A layer that keeps more than before packs again; what it keeps less leaves nothing behind."""
+    spectrum = torch.fft.rfft2(torch.randn(11, 9, 4, 5), norm="ortho").to(device)
+    settings = {"size": (4, 5), "value_dtype": value_dtype, "seed": 1, "rounding": "stochastic"}
+    room = Room()
+    for threshold in (1e6, 0.01, 0.4):
+        monkeypatch.setenv("SPECTRITON_BACKEND", "triton")
+        packed = with_room(room, ops.pack, spectrum, **settings, threshold=threshold)
+        dense = packed.to_dense()
+        monkeypatch.setenv("SPECTRITON_BACKEND", "reference")
+        expected = ops.pack(spectrum.cpu(), **settings, threshold=threshold)
+        assert packed.values.shape == expected.values.shape
+        assert torch.equal(packed.scales.cpu(), expected.scales)
+        assert torch.equal(dense.cpu(), expected.to_dense())
 
 
 def test_stochastic_rounding_of_a_half_spectrum():
