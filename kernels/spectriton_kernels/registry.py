@@ -208,6 +208,8 @@ CORE = frozenset(
         "kernel_spectrum_adjoint fp32 from fp32 3x3",
         "decode_blocks fp32 64 channels 8x8",
         "encode_blocks fp32 64 channels 8x8",
+        "decode_blocks bf16 16 channels 4x4",
+        "encode_blocks bf16 16 channels 4x4",
     }
 )
 
