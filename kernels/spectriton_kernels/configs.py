@@ -311,9 +311,10 @@ KERNEL_SPECTRUM_ADJOINT = Tunable(
 )
 
 _BLOCK_SIZES = ("blocks", "components", "frequencies", "mix")
-_BLOCKS = tuple(Blocks(*numbers) for numbers in ((2048, 16), (2048, 32), (4096, 16), (4096, 32)))
-DECODE_BLOCKS = Tunable("decode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 32))
-ENCODE_BLOCKS = Tunable("encode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 32))
+# With 32 values a thread triton 3.6 spills registers.
+_BLOCKS = tuple(Blocks(*numbers) for numbers in ((2048, 8), (2048, 16), (4096, 16)))
+DECODE_BLOCKS = Tunable("decode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 16))
+ENCODE_BLOCKS = Tunable("encode_blocks", _BLOCK_SIZES, _BLOCKS, lambda dtypes, sizes: Blocks(4096, 16))
 
 RECTIFY = Tunable("rectify", ("values",), _STREAMS, _stream)
 CLEAR_OUTSIDE = Tunable("clear_outside", ("values",), _STREAMS, _stream)

@@ -271,6 +271,8 @@ CORE = frozenset(
         "rebuild bf16",
         "pool_maxima bf16 3x3",
         "spread_maxima bf16 3x3",
+        "decode_blocks bf16 16 channels 4x4",
+        "encode_blocks bf16 16 channels 4x4",
     }
 )
 

@@ -36,10 +36,10 @@ def complex_kernel_spectrum_adjoint(grad: Tensor, basis: Tensor) -> Tensor:
 
 
 def taps_of_matrix(matrix: Tensor, weight_shape: tuple[int, ...] | torch.Size, groups: int) -> Tensor:
-    """The adjoint of :func:`taps_matrix`: complex to real taps of shape ``weight_shape``."""
+    """The adjoint of :func:`taps_matrix`: complex to real taps of shape ``weight_shape``, contiguous."""
     outputs, inputs = weight_shape[:2]
     taps = matrix.real.view(-1, groups, inputs, outputs // groups)
-    return taps.permute(1, 3, 2, 0).reshape(weight_shape)
+    return taps.permute(1, 3, 2, 0).contiguous().view(weight_shape)
 
 
 def kernel_spectrum(weight: Tensor, basis: Tensor, groups: int, out: Tensor) -> Tensor:

@@ -18,6 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from apps_standins import made_up_data, tiny_network
 
 
+@pytest.fixture(scope="session")
+def apps_extra() -> None:
+    """Skips where the packages of the extra ``apps`` are missing."""
+    for package in ("matplotlib", "rich", "sklearn", "typer"):
+        pytest.importorskip(package, reason=f'{package} is not installed (extra "apps")')
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny networks on one thread: faster on a busy machine, and the same sums in every process."""

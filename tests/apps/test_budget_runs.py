@@ -119,9 +119,8 @@ def test_budgets_that_cannot_be_held_are_refused(tmp_path: Path) -> None:
     assert "budget" not in dataclasses.replace(CONFIG, budget=None).describe()
 
 
+@pytest.mark.usefixtures("apps_extra")
 def test_the_command_takes_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("typer")
-    pytest.importorskip("sklearn")
     options = "--budget 0.25 --width 0.25 --train-limit 320 --test-limit 32 --batch-size 16 --epochs 1 --device cpu"
     with pytest.raises(SystemExit) as end:
         main(["compare", *options.split(), "--out", str(tmp_path)])

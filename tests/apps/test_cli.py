@@ -15,6 +15,8 @@ from apps_standins import tiny_network
 
 from spectriton import cli, environment
 
+pytestmark = pytest.mark.usefixtures("apps_extra")
+
 QUICK = ["--train-limit", "40", "--test-limit", "20", "--epochs", "1", "--batch-size", "16", "--device", "cpu"]
 
 

@@ -22,6 +22,8 @@ from spectriton.compare import CompareConfig, compare
 from spectriton.data import ImageData
 from spectriton.train import Silent, TrainConfig
 
+pytestmark = pytest.mark.usefixtures("apps_extra")
+
 CONFIG = CompareConfig(
     data="made-up", threshold=0.3, train=TrainConfig(epochs=2, batch_size=16, device="cpu"), data_dir="/secret/place"
 )

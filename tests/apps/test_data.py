@@ -44,6 +44,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
 
 
+@pytest.mark.usefixtures("apps_extra")
 def test_digits_are_split_by_class_and_normalised() -> None:
     data = sd.load("digits")
     assert data.train_images.shape == (1438, 1, 28, 28) and data.test_images.shape == (359, 1, 28, 28)
@@ -55,6 +56,7 @@ def test_digits_are_split_by_class_and_normalised() -> None:
     assert data.fingerprint() == sd.load("digits").fingerprint()
 
 
+@pytest.mark.usefixtures("apps_extra")
 def test_digits_keep_training_and_test_images_apart() -> None:
     data = sd.load("digits")
     train = {bytes(image.numpy().tobytes()) for image in data.train_images}
@@ -218,12 +220,14 @@ def test_an_unknown_name_gets_a_proposal(name: str, meant: str) -> None:
         sd.load(name)
 
 
+@pytest.mark.usefixtures("apps_extra")
 @pytest.mark.parametrize("options", [{"train_limit": 0}, {"test_limit": -1}, {"image_size": 0}])
 def test_limits_are_checked(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         sd.load("digits", **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("apps_extra")
 def test_limits_and_size(data: sd.ImageData) -> None:
     small = sd.load("digits", train_limit=20, test_limit=10, image_size=32)
     assert len(small.train_images) == 20 and len(small.test_labels) == 10

@@ -137,6 +137,7 @@ def _leaky(network: nn.Module) -> nn.Module:
     return network
 
 
+@pytest.mark.usefixtures("apps_extra")
 def test_the_report_has_a_row_for_each_network_and_peer(tmp_path: Path) -> None:
     config = CompareConfig(data="made-up", train=CONFIG)
     data = made_up_data(train=16, test=8, size=12)
@@ -169,6 +170,7 @@ def test_names() -> None:
         peers.chosen(["chekpoint"])
 
 
+@pytest.mark.usefixtures("apps_extra")
 def test_an_unknown_peer_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["compare", "--peers", "bf16,chekpoint", "--out", str(tmp_path)])

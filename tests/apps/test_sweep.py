@@ -23,6 +23,8 @@ from spectriton.data import ImageData
 from spectriton.sweep import sweep
 from spectriton.train import Silent, TrainConfig
 
+pytestmark = pytest.mark.usefixtures("apps_extra")
+
 CONFIG = CompareConfig(data="made-up", train=TrainConfig(epochs=2, batch_size=16, device="cpu"))
 OPTIONS: dict[str, Any] = {"models": ["lenet", "vgg16_bn"], "thresholds": [0.6, 0.3], "seeds": [0, 1]}
 SMALL: dict[str, Any] = {"thresholds": [0.6], "seeds": [0, 1], "plots": False}

@@ -172,6 +172,14 @@ def test_opcheck():
     )
 
 
+def test_gradients_of_taps_are_contiguous(backend: str, device: torch.device):
+    """As the fake of the op says: what inductor compiles relies on it."""
+    weight, bias = taps(4, 3, (3, 3), device)
+    packed = ops.to_spectral(torch.randn(1, 3, 4, 5, dtype=DOUBLE, device=device), threshold=0.5)
+    y = ops.to_spatial(ops.spec_block(packed, weight, bias, threshold=0.5))
+    assert torch.autograd.grad(y.sum(), weight)[0].is_contiguous()
+
+
 def circular_convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int], dilation: tuple[int, int],
                          groups: int = 1) -> Tensor:  # fmt: skip
     """In space: wrapped around, with taps apart by ``dilation``, taken at every ``stride``-th position."""
