@@ -407,8 +407,9 @@ def _shape(layout: Layout, maps: torch.Tensor, config: Blocks) -> tuple[dict[str
     """(constants that both kernels share, programs)."""
     components = slice_components(layout)
     block_c = max(_LEAST, next_power_of_2(components))
-    block_m = max(_LEAST, next_power_of_2(layout.edges[0] * layout.edges[1]))
-    blocks, num_warps = config.shape(block_c * block_m, layout.blocks)
+    frequencies = layout.edges[0] * layout.edges[1]
+    block_m = max(_LEAST, next_power_of_2(frequencies))
+    blocks, num_warps = config.shape(block_c * block_m, layout.blocks, filled_up=frequencies < block_m)
     meta = {
         "MIX": layout.mix,
         "COMPONENTS": components,

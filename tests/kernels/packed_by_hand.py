@@ -81,6 +81,8 @@ def grid_by_hand(height: int, width: int, device: torch.device, seed: int = 0) -
         row[ky, kx] if (ky, kx) in row else -1 - row[height - ky, kx] for ky in range(height) for kx in range(half)
     ]
     return SimpleNamespace(
+        height=height,
+        width=width,
         index=index(stored),
         mirror_index=index(mirrored),
         mirror_row=torch.tensor([row[height - ky, kx] for ky, kx in mirrored], dtype=torch.int64, device=device),
