@@ -136,7 +136,7 @@ if [ -n "$gpu" ]; then
   workers=()
   if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
   tests=(tests)
-  # Applications need more packages; their tests would fail, and end the others.
+  # Without the packages that applications need most of their tests skip, and the others want no GPU.
   if ! "$python" -c 'import matplotlib, rich, sklearn, typer' 2>/dev/null; then
     for file in tests/apps/test_*.py; do
       if [ "$file" != tests/apps/test_tuner.py ]; then tests+=(--ignore="$file"); fi

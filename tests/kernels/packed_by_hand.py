@@ -83,6 +83,7 @@ def grid_by_hand(height: int, width: int, device: torch.device, seed: int = 0) -
     return SimpleNamespace(
         height=height,
         width=width,
+        half_width=half,
         index=index(stored),
         mirror_index=index(mirrored),
         mirror_row=torch.tensor([row[height - ky, kx] for ky, kx in mirrored], dtype=torch.int64, device=device),
