@@ -79,6 +79,7 @@ def collect(device: torch.device | None = None) -> dict[str, Any]:
         ValueError: ``SPECTRITON_BACKEND`` or ``SPECTRITON_WORKSPACE_MIB`` is set to what it cannot be.
     """
     versions = {package: _version(package) for package in _PACKAGES}
+    versions["torch"] = str(torch.__version__)  # with the build, which the metadata of some wheels lack
     has_gpu = torch.cuda.is_available()
     if device is None:
         device = torch.device("cuda" if has_gpu else "cpu")
