@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectriton._backend import backend
@@ -81,5 +82,5 @@ def kernel_spectrum(weight: Tensor, size: tuple[int, int], rows: Tensor | None =
         fail(op, "groups", groups, f"a divisor of the {weight.shape[0]} output channels", "change groups or channels")
     height, width = size
     if rows is None:
-        rows = frequency_grid(height, width, weight.device).index.new_tensor(range(stored_frequencies(height, width)))
+        rows = torch.arange(stored_frequencies(height, width), device=weight.device)
     return _kernel_spectrum(weight, height, width, rows, groups)
