@@ -25,6 +25,9 @@ __all__ = [
     "fail",
 ]
 
+# Of the repr of a list in a message, in characters: nested lists are long.
+_LONGEST = 120
+
 
 def describe(value: Any) -> str:
     """A short text for a value: dtype and shape of a tensor, ``repr`` of what is short, else the type."""
@@ -33,7 +36,9 @@ def describe(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)):
         return repr(value)
     if isinstance(value, (tuple, list)) and len(value) <= 8 and not any(isinstance(item, Tensor) for item in value):
-        return repr(value)
+        text = repr(value)
+        if len(text) <= _LONGEST:
+            return text
     return f"a value of type {type(value).__name__}"
 
 
@@ -54,8 +59,9 @@ def fail(op: str, argument: str, got: Any, expected: str, fix: str, kind: type[E
 
 def _check_tensor(op: str, name: str, tensor: Any, expected: str) -> None:
     if not isinstance(tensor, Tensor):
-        got = repr(tensor) if isinstance(tensor, str) else describe(tensor)
-        fail(op, name, got, expected, "pass a torch.Tensor", TypeError)
+        packed = hasattr(tensor, "to_dense")
+        fix = "unpack it: ops.to_spatial gives maps, .to_dense() a spectrum" if packed else "pass a torch.Tensor"
+        fail(op, name, describe(tensor), expected, fix, TypeError)
 
 
 def check_rank(op: str, name: str, tensor: Tensor, rank: int, *, at_least: bool = False) -> None:
@@ -119,10 +125,13 @@ def check_complex(op: str, name: str, tensor: Tensor) -> None:
         fail(op, name, tensor, "a complex tensor", fix, TypeError)
 
 
-def check_threshold(op: str, value: Any, name: str = "threshold") -> float:
-    """Check a threshold on the modulus of coefficients and return it as a float.
+def check_threshold(
+    op: str, value: Any, name: str = "threshold", fix: str = "pass 0 to keep every coefficient"
+) -> float:
+    """Check a threshold on the modulus of coefficients, or another number that is not negative; returns a float.
 
-    Zero keeps everything, infinity keeps only the zero frequency.
+    Of thresholds zero keeps everything, infinity keeps only the zero frequency. ``fix`` is what to do about a number
+    out of range.
 
     Raises:
         TypeError: not a real number (booleans and tensors are refused too).
@@ -130,13 +139,12 @@ def check_threshold(op: str, value: Any, name: str = "threshold") -> float:
     """
     expected = "a number that is not negative"
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        fix = "take the number out with .item()" if isinstance(value, Tensor) else "pass an int or a float"
-        got = repr(value) if isinstance(value, str) else describe(value)
-        fail(op, name, got, expected, fix, TypeError)
+        convert = "take the number out with .item()" if isinstance(value, Tensor) else "pass an int or a float"
+        fail(op, name, describe(value), expected, convert, TypeError)
     number = float(value)
     # Written so that NaN, which compares false, is refused as well.
     if not number >= 0:
-        fail(op, name, repr(number), expected, "pass 0 to keep every coefficient")
+        fail(op, name, repr(number), expected, fix)
     return number
 
 
@@ -156,5 +164,4 @@ def check_choice(op: str, name: str, value: Any, choices: Iterable[Any]) -> Any:
     strings = [option for option in options if isinstance(option, str)]
     near = difflib.get_close_matches(value.lower(), strings, n=1, cutoff=0.5) if isinstance(value, str) else []
     fix = f"did you mean {near[0]!r}?" if near else "pass one of these"
-    got = repr(value) if isinstance(value, str) else describe(value)
-    fail(op, name, got, "one of " + ", ".join(repr(option) for option in options), fix)
+    fail(op, name, describe(value), "one of " + ", ".join(repr(option) for option in options), fix)

@@ -381,8 +381,8 @@ class BlockCodec(Codec):
     allotment: Allotment | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        density = check_threshold("BlockCodec", self.density, "density")
-        bits = check_threshold("BlockCodec", self.bits, "bits")
+        density = check_threshold("BlockCodec", self.density, "density", "pass 0.25")
+        bits = check_threshold("BlockCodec", self.bits, "bits", "pass 4")
         if not 0 < density <= 1:
             fail("BlockCodec", "density", density, "a fraction above 0, at most 1", "pass 0.25")
         if not 0 < bits * density <= _MOST_BITS:

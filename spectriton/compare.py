@@ -9,6 +9,7 @@ same order, and are measured one after the other: the first is gone from memory 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -85,7 +86,9 @@ class CompareConfig:
         _check.check_choice("CompareConfig", "method", self.method, METHODS)
         if self.method == "compress":
             self.codec()
-        _check.check_threshold("CompareConfig", self.threshold)
+        if math.isinf(_check.check_threshold("CompareConfig", self.threshold)):
+            fix = "pass a large number, such as 1e9, to keep the zero frequency only"  # JSON has no infinity
+            _check.fail("CompareConfig", "threshold", self.threshold, "a finite number", fix)
         if self.budget is not None:
             budget.parse_budget(self.budget)
             if self.method == "compress":

@@ -206,8 +206,9 @@ class PackedSpectrum:
         op = "PackedSpectrum.bytes_for"
         if len(shape) != 4 or min(shape[:2]) < 0 or min(shape[2:]) < 1:
             fail(op, "shape", tuple(shape), "(B, C, H, W) of maps", "pass the shape of the maps, not of their spectrum")
-        if check_threshold(op, density, "density") > 1:
-            fail(op, "density", density, "a fraction from 0 to 1", "pass 0.25 for a quarter of the coefficients")
+        quarter = "pass 0.25 for a quarter of the coefficients"
+        if check_threshold(op, density, "density", quarter) > 1:
+            fail(op, "density", density, "a fraction from 0 to 1", quarter)
         name = value_dtype_name(op, value_dtype, torch.float32)
         return PackedSize(tuple(shape), most_kept(density, layout(tuple(shape))), name).nbytes
 

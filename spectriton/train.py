@@ -237,11 +237,13 @@ class Checkpoint:
     fresh: bool = False
 
     def load(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Read the state, onto the CPU; ``None`` where there is no file.
+        """Read the state, onto the CPU; ``None`` where there is no file. Makes the folder that it is written to.
 
         Raises:
-            ValueError: the file is damaged, or of another configuration.
+            ValueError: the file is damaged, or of another configuration; or the folder cannot be written to, which is
+                better known before training than at the first :meth:`save`.
         """
+        distributed.on_main(self._make_folder)
         if self.fresh:
             distributed.on_main(self.path.unlink, missing_ok=True)
         if not self.path.exists():
@@ -289,9 +291,19 @@ class Checkpoint:
             )
         return dict(state)
 
+    def _make_folder(self) -> None:
+        folder, reason = self.path.parent, "it is not writable"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        got = f"{folder} ({reason})"
+        _check.fail("checkpoint", "folder", got, "a folder that can be written to", "choose another --out")
+
     def save(self, state: Mapping[str, Any]) -> None:
         """Write the state; whoever reads the file sees the old one or the new one, never a part."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".partial")
         with open(partial, "wb") as file:
             torch.save({"format": _CHECKPOINT_FORMAT, **state}, file)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from spectriton._check import check_choice, fail
+from spectriton._check import check_choice, describe, fail
 from spectriton.models import alexnet, densenet, lenet, resnet, vgg
 from spectriton.models._describe import ACTIVATIONS, Layer, Options, spatial_network, spectral_network
 
@@ -86,7 +86,7 @@ def build(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             fail("models.build", argument, value, "a positive int", "pass the number that the data have")
     if isinstance(width, bool) or not isinstance(width, (int, float)) or not (math.isfinite(width) and width > 0):
-        fail("models.build", "width", width, "a number above 0", "pass 0.5 for half the channels")
+        fail("models.build", "width", describe(width), "a number above 0", "pass 0.5 for half the channels")
     settings = Options.of("models.build", **options)
     chosen = NETWORKS[name]
     description = chosen.describe(num_classes, in_channels, image_size, width)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectriton import nn as snn
 from spectriton import ops
-from spectriton._check import check_choice, fail
+from spectriton._check import check_choice, check_threshold, describe, fail
 from spectriton.packed import PackedSpectrum
 
 #: Activations of spectral networks: of coefficients, and ReLU in space.
@@ -170,12 +170,17 @@ class Options:
 
         Raises:
             TypeError: an unknown keyword.
+            TypeError, ValueError: no rule, or a threshold, activation or ``paper`` that is none.
         """
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
                 fail(op, "option", repr(name), f"one of {', '.join(known)}", "check the spelling", TypeError)
         settings = cls(**options)
+        if settings.density is None:
+            check_threshold(op, settings.threshold)
+        if not isinstance(settings.paper, bool):
+            fail(op, "paper", describe(settings.paper), "True or False", "pass a bool", TypeError)
         if settings.activation is not None:
             check_choice(op, "activation", settings.activation, ACTIVATIONS)
         if settings.paper:

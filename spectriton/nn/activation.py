@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spectriton import ops
-from spectriton._check import fail
+from spectriton._check import check_threshold, fail
 from spectriton.nn.norm import SpectralBatchNorm2d
 from spectriton.nn.transform import PackingLayer
 from spectriton.packed import PackedSize, PackedSpectrum
@@ -28,7 +29,9 @@ class SpectralActivation(nn.Module):
     def __init__(self, kind: str = "tanh", channels: int | None = None, scale: float = 1.0) -> None:
         super().__init__()
         self.kind = ops.check_activation("SpectralActivation", kind)
-        self.register_parameter("scale", None if channels is None else scale_parameter(channels, scale))
+        self.register_parameter("scale", None)
+        if channels is not None:
+            self.scale = scale_parameter("SpectralActivation", "scale", channels, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.spectral_activation(x, self.kind, self.scale)
@@ -99,6 +102,8 @@ class SpatialReLU(PackingLayer):
 
 
 def scale_parameter(
+    op: str,
+    argument: str,
     channels: int,
     scale: float,
     device: torch.device | str | None = None,
@@ -107,8 +112,9 @@ def scale_parameter(
     """A learnable activation scale ``(channels,)``.
 
     Raises:
-        ValueError: the scale is not a positive number.
+        TypeError, ValueError: the scale is not a positive finite number.
     """
-    if not scale > 0:
-        fail("SpectralActivation", "scale", repr(scale), "a positive number", "pass the modulus at which it saturates")
+    fix = "pass the modulus at which it saturates"
+    if not 0 < check_threshold(op, scale, argument, fix) < math.inf:
+        fail(op, argument, scale, "a positive number", fix)
     return nn.Parameter(torch.full((channels,), float(scale), device=device, dtype=dtype))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from spectriton import ops
-from spectriton._check import check_choice, fail
+from spectriton._check import check_choice, describe, fail
 from spectriton.nn.activation import SpatialReLU, scale_parameter
 from spectriton.nn.conv import conv_padding_mode, conv_parameters, describe_taps
 from spectriton.nn.norm import SpectralBatchNorm2d, computed_again
-from spectriton.nn.transform import PackedOutput, describe_rule
+from spectriton.nn.transform import PackedOutput, checked_format, describe_rule
 from spectriton.packed import PackedSize, PackedSpectrum
 
 
@@ -81,13 +81,21 @@ class SpecBlock(PackedOutput):
         self.activation = check_choice("SpecBlock", "activation", activation, (*ops.ACTIVATIONS, "relu"))
         self.stride = ops.check_stride("SpecBlock", stride)
         self.dilation = ops.check_stride("SpecBlock", dilation, "dilation")
-        self.groups = groups
-        self.value_dtype = value_dtype
+        self.value_dtype = checked_format("SpecBlock", value_dtype)
         self.workspace = workspace
-        self.weight, self.bias = conv_parameters(in_channels, out_channels, kernel_size, groups, bias, device, dtype)
-        scale = None if activation_scale is None else scale_parameter(out_channels, activation_scale, device, dtype)
-        self.register_parameter("activation_scale", scale)
+        self.weight, self.bias = conv_parameters(
+            "SpecBlock", in_channels, out_channels, kernel_size, groups, bias, device, dtype
+        )
+        self.groups = int(groups)
+        self.register_parameter("activation_scale", None)
+        if activation_scale is not None:
+            argument = ("SpecBlock", "activation_scale")
+            self.activation_scale = scale_parameter(*argument, out_channels, activation_scale, device, dtype)
+        if not isinstance(norm, bool):
+            fail("SpecBlock", "norm", describe(norm), "True or False", "pass a bool", TypeError)
         self.norm = SpectralBatchNorm2d(out_channels, device=device, dtype=dtype, workspace=workspace) if norm else None
+        if pool is None and pool_stride is not None:
+            fail("SpecBlock", "pool_stride", describe(pool_stride), "none without pool", "pass the window as pool")
         self.relu: SpatialReLU | None = None
         if activation == "relu":
             if activation_scale is not None:
@@ -95,7 +103,7 @@ class SpecBlock(PackedOutput):
             windows: dict[str, Any] = {} if pool is None else {"kernel_size": pool, "stride": pool_stride}
             self.relu = SpatialReLU(self.threshold, density, value_dtype, workspace, **windows)
         elif pool is not None:
-            fail("SpecBlock", "pool", pool, "none without relu", "put a MaxPool2d behind the block")
+            fail("SpecBlock", "pool", describe(pool), "none without relu", "put a MaxPool2d behind the block")
         self._var: Tensor | None = None  # the running variance that the last threshold was taken from
 
     @classmethod

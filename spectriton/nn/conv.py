@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spectriton import ops
-from spectriton._check import fail
+from spectriton._check import describe, fail
 
 
 class SpectralConv2d(nn.Module):
@@ -46,9 +47,11 @@ class SpectralConv2d(nn.Module):
         self.stride = ops.check_stride("SpectralConv2d", stride)
         self.dilation = ops.check_stride("SpectralConv2d", dilation, "dilation")
         self.padding_mode = padding_mode
-        self.groups = groups
         self.workspace = workspace
-        self.weight, self.bias = conv_parameters(in_channels, out_channels, kernel_size, groups, bias, device, dtype)
+        self.weight, self.bias = conv_parameters(
+            "SpectralConv2d", in_channels, out_channels, kernel_size, groups, bias, device, dtype
+        )
+        self.groups = int(groups)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, workspace: int | None = None) -> SpectralConv2d:
@@ -93,6 +96,7 @@ class SpectralConv2d(nn.Module):
 
 
 def conv_parameters(
+    op: str,
     in_channels: int,
     out_channels: int,
     kernel_size: int | tuple[int, int],
@@ -101,9 +105,22 @@ def conv_parameters(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Parameters, taps ``(O, I / groups, kh, kw)`` and bias ``(O,)``, drawn exactly as ``nn.Conv2d`` draws them."""
+    """Parameters, taps ``(O, I / groups, kh, kw)`` and bias ``(O,)``, drawn exactly as ``nn.Conv2d`` draws them.
+
+    Raises:
+        ValueError: numbers that make no convolution.
+    """
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            fail(op, name, describe(value), "a positive int", "pass a number of channels, or of groups")
+    if in_channels % groups or out_channels % groups:
+        expected = f"a divisor of {in_channels} and of {out_channels} channels"
+        fail(op, "groups", groups, expected, "change groups or channels")
+    kernel = ops.check_pair(op, "kernel_size", kernel_size, "pass 3 or (3, 3)")
+    if dtype is not None and not dtype.is_floating_point:
+        fail(op, "dtype", dtype, "a real floating-point dtype", "pass torch.float32: taps are real")
     conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, padding="same", groups=groups, bias=bias, device=device, dtype=dtype
+        in_channels, out_channels, kernel, padding="same", groups=groups, bias=bias, device=device, dtype=dtype
     )
     return conv.weight, conv.bias
 

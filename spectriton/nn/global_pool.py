@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectriton import ops
+from spectriton._check import fail
 from spectriton.packed import PackedSpectrum
 
 
@@ -20,6 +21,7 @@ class GlobalAvgPool(nn.Module):
 
     def forward(self, packed: PackedSpectrum | Sequence[PackedSpectrum]) -> Tensor:
         if isinstance(packed, Sequence):
+            _check_some("GlobalAvgPool", packed)
             return torch.cat([ops.global_avg_pool(part) for part in packed], 1)
         return ops.global_avg_pool(packed)
 
@@ -40,11 +42,17 @@ class GlobalMaxPool(nn.Module):
 
     def forward(self, packed: PackedSpectrum | Sequence[PackedSpectrum]) -> Tensor:
         if isinstance(packed, Sequence):
+            _check_some("GlobalMaxPool", packed)
             return torch.cat([self(part) for part in packed], 1)
         window = [_largest_divisor(size) for size in packed.shape[2:]]
         maxima = ops.max_pool2d(packed, (window[0], window[1]), workspace=self.workspace)
         assert isinstance(maxima, Tensor)  # without a thresholding rule
         return maxima.amax((2, 3))
+
+
+def _check_some(op: str, packed: Sequence[PackedSpectrum]) -> None:
+    if not packed:
+        fail(op, "packed", "an empty list", "at least one packed spectrum", "pass what the layers before it gave")
 
 
 def _largest_divisor(size: int, most: int = 16) -> int:

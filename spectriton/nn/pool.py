@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spectriton import ops
-from spectriton.nn.transform import PackedOutput, describe_rule
+from spectriton.nn.transform import PackedOutput, checked_format, describe_rule
 from spectriton.packed import PackedSpectrum
 
 
@@ -55,7 +55,7 @@ class MaxPool2d(_Pool2d, PackedOutput):
         super().__init__(kernel_size, stride)
         self.threshold, self.density = ops.thresholding_rule("MaxPool2d", threshold, density, default=None)
         self.margin = margin
-        self.value_dtype = value_dtype
+        self.value_dtype = checked_format("MaxPool2d", value_dtype)
         self.workspace = workspace
 
     def forward(self, x: Tensor | PackedSpectrum) -> Tensor | PackedSpectrum:

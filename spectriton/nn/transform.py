@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spectriton import ops
 from spectriton._counts import Counts, counts_of
-from spectriton.packed import PackedSize, PackedSpectrum
+from spectriton.packed import PackedSize, PackedSpectrum, value_dtype_name
 
 
 class PackedOutput(nn.Module):
@@ -63,7 +63,7 @@ class PackingLayer(PackedOutput):
         self.threshold, self.density = ops.thresholding_rule(
             type(self).__name__, threshold, density, default=self._default_threshold
         )
-        self.value_dtype = value_dtype
+        self.value_dtype = checked_format(type(self).__name__, value_dtype)
         self.workspace = workspace
 
     def _packed_by(self, op: Callable[..., PackedSpectrum], x: Tensor | PackedSpectrum) -> PackedSpectrum:
@@ -80,6 +80,16 @@ class PackingLayer(PackedOutput):
 
     def extra_repr(self) -> str:
         return describe_rule(self.threshold, self.density, self.value_dtype)
+
+
+def checked_format(op: str, value_dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """A value format as it was given, None for that of the input.
+
+    Raises:
+        ValueError: no such format.
+    """
+    value_dtype_name(op, value_dtype, torch.float32)
+    return value_dtype
 
 
 class ToSpectral(PackingLayer):

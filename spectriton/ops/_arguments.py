@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ def check_rule(op: str, threshold: float | None, density: float | None) -> tuple
         fail(op, "threshold and density", got, "one of them", "pass threshold=0.0 to keep every coefficient")
     if density is None:
         return check_threshold(op, threshold), -1.0
-    value = check_threshold(op, density, "density")
+    quarter = "pass 0.25 to keep a quarter of the coefficients"
+    value = check_threshold(op, density, "density", quarter)
     if value > 1:
-        fail(op, "density", value, "a fraction from 0 to 1", "pass 0.25 to keep a quarter of the coefficients")
+        fail(op, "density", value, "a fraction from 0 to 1", quarter)
     return 0.0, value
 
 
@@ -96,7 +98,13 @@ def check_convolution(op: str, channels: int, weight: Tensor, bias: Tensor | Non
     if not weight.is_floating_point():
         fail(op, "weight", weight, "real taps (O, I / groups, kh, kw)", "pass the spatial kernel", TypeError)
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
-        fail(op, "groups", groups, f"a divisor of the {weight.shape[0]} output channels", "change groups or channels")
+        fail(
+            op,
+            "groups",
+            describe(groups),
+            f"a divisor of the {weight.shape[0]} output channels",
+            "change groups or channels",
+        )
     if channels != weight.shape[1] * groups:
         fail(
             op,
@@ -105,10 +113,53 @@ def check_convolution(op: str, channels: int, weight: Tensor, bias: Tensor | Non
             f"{weight.shape[1] * groups} (weight of shape {tuple(weight.shape)}, groups={groups})",
             "match the input channels of this layer to the layer before it",
         )
-    if min(weight.shape[2:]) < 1:
-        fail(op, "weight", weight, "a kernel of at least 1x1", "pass taps (O, I / groups, kh, kw)")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        fail(op, "bias", bias, f"shape ({weight.shape[0]},)", "pass one value per output channel")
+    if min(weight.shape) < 1:
+        fail(op, "weight", weight, "channels, and a kernel of at least 1x1", "pass taps (O, I / groups, kh, kw)")
+    if bias is not None:
+        check_per_channel(op, "bias", bias, weight.shape[0], "pass one value per output channel")
+
+
+def check_pair(op: str, name: str, value: Any, fix: str) -> tuple[int, int]:
+    """One positive whole number, or two of them, as two.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    pair = (value, value) if isinstance(value, numbers.Integral) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(_is_size(n) for n in pair):
+        fail(op, name, describe(value), "a positive int or two of them", fix)
+    return int(pair[0]), int(pair[1])
+
+
+def _is_size(value: Any) -> bool:
+    whole = isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
+    return whole and int(value) >= 1
+
+
+def check_size(op: str, size: Any) -> tuple[int, int]:
+    """The size ``(H, W)`` of maps.
+
+    Raises:
+        ValueError: not two positive whole numbers.
+    """
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(_is_size(n) for n in size):
+        expected = "(H, W) of the maps, both at least 1"
+        fail(op, "size", describe(size), expected, "pass x.shape[-2:] of the maps x")
+    return int(size[0]), int(size[1])
+
+
+def check_per_channel(op: str, name: str, tensor: Any, channels: int, fix: str) -> None:
+    """Check a real tensor of one value per channel, ``(channels,)``.
+
+    Raises:
+        TypeError: not a tensor, or not of a real floating-point dtype.
+        ValueError: of another shape.
+    """
+    expected = f"shape ({channels},)"
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        fail(op, name, describe(tensor), f"a real floating-point tensor of {expected}", fix, TypeError)
+    if tuple(tensor.shape) != (channels,):
+        fail(op, name, tensor, expected, fix)
 
 
 def check_stride(op: str, stride: Any, name: str = "stride") -> tuple[int, int]:
@@ -117,10 +168,7 @@ def check_stride(op: str, stride: Any, name: str = "stride") -> tuple[int, int]:
     Raises:
         ValueError: it is something else.
     """
-    pair = (stride, stride) if isinstance(stride, int) else tuple(stride)
-    if len(pair) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in pair):
-        fail(op, name, stride, "a positive int or two of them", f"pass {name}=1 or {name}=(1, 2)")
-    return pair[0], pair[1]
+    return check_pair(op, name, stride, f"pass {name}=1 or {name}=(1, 2)")
 
 
 def check_half_spectrum(op: str, name: str, spectrum: Tensor, size: Any) -> tuple[int, int]:
@@ -135,9 +183,10 @@ def check_half_spectrum(op: str, name: str, spectrum: Tensor, size: Any) -> tupl
         fail(op, name, spectrum, "a height and a width of at least 1", "pass torch.fft.rfft2(x, norm='ortho')")
     if size is None:
         return height, max(1, 2 * (half_width - 1))
-    if tuple(size) not in ((height, 2 * half_width - 2), (height, 2 * half_width - 1)):
-        fail(op, "size", tuple(size), f"(H, W) of the maps behind {name}, {describe(spectrum)}", "pass x.shape[-2:]")
-    return int(size[0]), int(size[1])
+    whole = check_size(op, size)
+    if whole not in ((height, 2 * half_width - 2), (height, 2 * half_width - 1)):
+        fail(op, "size", whole, f"(H, W) of the maps behind {name}, {describe(spectrum)}", "pass x.shape[-2:]")
+    return whole
 
 
 def check_window(op: str, kernel_size: Any, stride: Any) -> tuple[list[int], list[int]]:
@@ -146,13 +195,8 @@ def check_window(op: str, kernel_size: Any, stride: Any) -> tuple[list[int], lis
     Raises:
         ValueError: something else was passed.
     """
-    pairs = []
-    for name, value in (("kernel_size", kernel_size), ("stride", kernel_size if stride is None else stride)):
-        pair = [value, value] if isinstance(value, int) else list(value)
-        if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
-            fail(op, name, value, "a positive int or two of them", "pass 2 or (2, 2)")
-        pairs.append(pair)
-    return pairs[0], pairs[1]
+    kernel = check_pair(op, "kernel_size", kernel_size, "pass 2 or (2, 2)")
+    return list(kernel), list(kernel if stride is None else check_pair(op, "stride", stride, "pass 2 or (2, 2)"))
 
 
 def check_output_size(op: str, output_size: Any) -> tuple[int, int]:
@@ -161,10 +205,7 @@ def check_output_size(op: str, output_size: Any) -> tuple[int, int]:
     Raises:
         ValueError: it is something else.
     """
-    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
-        fail(op, "output_size", output_size, "a positive int or two of them", "pass 8 or (8, 8)")
-    return pair[0], pair[1]
+    return check_pair(op, "output_size", output_size, "pass 8 or (8, 8)")
 
 
 def thresholding_rule(

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from spectriton._check import describe, fail
 from spectriton._counts import Counts
 from spectriton.packed import Layout
 
@@ -223,7 +224,13 @@ def run_ahead(step: Callable[[], T], *modules: nn.Module) -> T:
     Returns:
         What ``step`` returned. Of several processes each would repeat by itself while others wait for its gradients;
         there the step is run as it is.
+
+    Raises:
+        TypeError: something among ``modules`` is none.
     """
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            fail("run_ahead", "modules", describe(module), "modules", "pass them one by one", TypeError)
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return step()

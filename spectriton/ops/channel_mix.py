@@ -17,9 +17,10 @@ def _channel_mix(x: Tensor, w: Tensor) -> Tensor:
     x, w = x.resolve_conj(), w.resolve_conj()
     if x.device.type == "cpu":
         return reference.channel_mix(x, w)
+    count = x.shape[2:].numel()
     # Real products of embedded weights: complex ones do not reach the tensor cores.
-    rows = torch.view_as_real(x.reshape(*x.shape[:2], -1).permute(2, 0, 1).contiguous()).flatten(2)
-    weights = torch.view_as_real(w.reshape(*w.shape[:2], -1).permute(2, 1, 0).contiguous())
+    rows = torch.view_as_real(x.reshape(*x.shape[:2], count).permute(2, 0, 1).contiguous()).flatten(2)
+    weights = torch.view_as_real(w.reshape(*w.shape[:2], count).permute(2, 1, 0).contiguous())
     turned = torch.stack([-weights[..., 1], weights[..., 0]], dim=-1)
     embedded = torch.stack([weights, turned], dim=2).flatten(3).flatten(1, 2)
     mixed = torch.view_as_complex(torch.bmm(rows, embedded).unflatten(2, (-1, 2)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spectriton._backend import backend
-from spectriton._check import check_complex, fail
+from spectriton._check import check_complex, describe, fail
 from spectriton.ops._define import define_op
 
 
@@ -58,6 +58,8 @@ def complex_product(x: Tensor, w: Tensor, conj_w: bool = False) -> Tensor:
     """
     check_complex("complex_product", "x", x)
     check_complex("complex_product", "w", w)
+    if not isinstance(conj_w, bool):
+        fail("complex_product", "conj_w", describe(conj_w), "True or False", "pass a bool", TypeError)
     if x.dtype != w.dtype:
         fail("complex_product", "w", w, f"dtype {x.dtype} as x has", "convert one of them with .to()", TypeError)
     try:

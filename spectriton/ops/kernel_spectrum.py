@@ -10,6 +10,7 @@ from torch import Tensor
 from spectriton._backend import backend
 from spectriton._check import check_rank, fail
 from spectriton.frequencies import frequency_grid, stored_frequencies, tap_basis
+from spectriton.ops._arguments import check_size
 from spectriton.ops._define import define_op
 
 
@@ -80,7 +81,7 @@ def kernel_spectrum(weight: Tensor, size: tuple[int, int], rows: Tensor | None =
         fail(op, "weight", weight, "real taps (O, I / groups, kh, kw)", "pass the spatial kernel", TypeError)
     if groups < 1 or weight.shape[0] % groups:
         fail(op, "groups", groups, f"a divisor of the {weight.shape[0]} output channels", "change groups or channels")
-    height, width = size
+    height, width = check_size(op, size)
     if rows is None:
         rows = torch.arange(stored_frequencies(height, width), device=weight.device)
     return _kernel_spectrum(weight, height, width, rows, groups)

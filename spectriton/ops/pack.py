@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectriton._check import check_complex, check_rank, check_real_maps, fail
 from spectriton.frequencies import frequency_grid
-from spectriton.ops._arguments import check_packed, check_rounding, check_rule, check_workspace
+from spectriton.ops._arguments import check_packed, check_rounding, check_rule, check_size, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
     Packed,
@@ -324,9 +324,7 @@ def pack(
     """
     check_complex("pack", "spectrum", spectrum)
     check_rank("pack", "spectrum", spectrum, 4)
-    if len(size) != 2 or min(size) < 1:
-        fail("pack", "size", tuple(size), "(H, W) of the maps, both at least 1", "pass the size of the spatial maps")
-    height, width = int(size[0]), int(size[1])
+    height, width = check_size("pack", size)
     if tuple(spectrum.shape[2:]) != (height, width // 2 + 1):
         fail(
             "pack",

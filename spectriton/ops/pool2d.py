@@ -523,6 +523,18 @@ def _check_pool(op: str, size: Sequence[int], kernel_size: Any, stride: Any) -> 
     return kernel, steps
 
 
+def check_max_pool(op: str, size: Sequence[int], kernel_size: Any, stride: Any) -> tuple[list[int], list[int]]:
+    """Kernel size and stride of windows in which a byte says where the maximum stood.
+
+    Raises:
+        ValueError: no positive numbers, or windows that do not fit the maps ``size``, or have more than 256 positions.
+    """
+    kernel, steps = _check_pool(op, size, kernel_size, stride)
+    if kernel[0] * kernel[1] > 256:
+        fail(op, "kernel_size", tuple(kernel), "a window of at most 256 positions", "use a smaller window")
+    return kernel, steps
+
+
 def max_pool2d(
     x: Tensor | PackedSpectrum,
     kernel_size: int | tuple[int, int] = 2,
@@ -573,9 +585,7 @@ def max_pool2d(
     if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0 or (margin and repack):
         expected = "0 where the result is packed" if repack else "a whole number of pixels, 0 or more"
         fail(op, "margin", margin, expected, "pass margin=0")
-    kernel, steps = _check_pool(op, [n - 2 * margin for n in x.shape[2:]], kernel_size, stride)
-    if kernel[0] * kernel[1] > 256:
-        fail(op, "kernel_size", tuple(kernel), "a window of at most 256 positions", "use a smaller window")
+    kernel, steps = check_max_pool(op, [n - 2 * margin for n in x.shape[2:]], kernel_size, stride)
     bound = check_workspace(op, workspace)
     if not isinstance(x, PackedSpectrum):
         height, width = x.shape[2:]

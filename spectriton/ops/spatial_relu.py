@@ -33,7 +33,7 @@ from spectriton.ops._planes import (
     tiles_at_a_time,
 )
 from spectriton.ops._rows import store_rows
-from spectriton.ops.pool2d import _check_pool, _code_bytes, _map_reader, _output_size, _Pooling
+from spectriton.ops.pool2d import _code_bytes, _map_reader, _output_size, _Pooling, check_max_pool
 from spectriton.ops.spectral_batch_norm import check_norm, moved, norm_factor, norm_gradients, statistics_of
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge, value_dtype_name
 
@@ -417,7 +417,7 @@ def _rectify(
 ) -> PackedSpectrum:
     name = packed.value_dtype if value_dtype is None else value_dtype_name(op, value_dtype, packed.edge.dtype)
     shape, rule = list(packed.shape), check_rule(op, threshold, density)
-    kernel, steps = _check_pool(op, shape[2:], kernel_size, stride)
+    kernel, steps = check_max_pool(op, shape[2:], kernel_size, stride)
     fields = (packed.values, packed.scales, packed.bitmap, packed.offsets)
     *out, _, _ = _spatial_relu(packed.edge, *fields, *norm, shape, training, eps, kernel, steps, workspace, *rule, name)
     made = PackedSpectrum.of(out, (*shape[:2], *_output_size(shape[2:], kernel, steps)), name)

@@ -24,6 +24,7 @@ from spectriton.ops._arguments import (
     check_activation,
     check_convolution,
     check_packed,
+    check_per_channel,
     check_rule,
     check_stride,
     check_workspace,
@@ -590,8 +591,8 @@ def spec_block(
     check_activation(op, activation)
     outputs = weight.shape[0]
     for given, argument in ((activation_scale, "activation_scale"), (threshold_scale, "threshold_scale")):
-        if given is not None and tuple(given.shape) != (outputs,):
-            fail(op, argument, given, f"shape ({outputs},)", "pass one scale per output channel")
+        if given is not None:
+            check_per_channel(op, argument, given, outputs, "pass one scale per output channel")
     level, fraction = check_rule(op, threshold, density)
     if density is not None and threshold_scale is not None:
         fail(op, "threshold_scale", threshold_scale, "none together with a density", "pass a threshold, or no scale")

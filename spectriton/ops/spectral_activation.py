@@ -10,8 +10,8 @@ from torch import Tensor
 
 from spectriton import reference
 from spectriton._backend import backend
-from spectriton._check import check_choice, check_complex, check_rank, fail
-from spectriton.ops._arguments import check_workspace
+from spectriton._check import check_choice, check_complex, check_rank
+from spectriton.ops._arguments import check_per_channel, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, define_op
 from spectriton.ops._planes import resolve_workspace, row_chunks
 from spectriton.ops._rows import row_bytes
@@ -218,10 +218,7 @@ def spectral_activation(
     if scale is not None:
         if not isinstance(x, PackedSpectrum):
             check_rank(op, "x", x, 2, at_least=True)
-        if not scale.is_floating_point():
-            fail(op, "scale", scale, "a real floating-point tensor", "pass one real scale per channel", TypeError)
-        if tuple(scale.shape) != (x.shape[1],):
-            fail(op, "scale", scale, f"shape ({x.shape[1]},)", "pass one scale per channel (dimension 1 of x)")
+        check_per_channel(op, "scale", scale, x.shape[1], "pass one real scale per channel (dimension 1 of x)")
         scale = scale.to(torch.float64 if x.dtype == torch.complex128 else torch.float32)
     if isinstance(x, PackedSpectrum):
         fields = (x.edge, x.values, x.scales, x.bitmap, x.offsets)

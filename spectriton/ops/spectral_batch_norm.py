@@ -26,7 +26,13 @@ from spectriton import reference
 from spectriton._backend import backend
 from spectriton._check import check_complex, fail
 from spectriton.frequencies import frequency_grid
-from spectriton.ops._arguments import check_activation, check_half_spectrum, check_workspace
+from spectriton.ops._arguments import (
+    check_activation,
+    check_half_spectrum,
+    check_per_channel,
+    check_size,
+    check_workspace,
+)
 from spectriton.ops._define import PACKED_FIELDS, define_op
 from spectriton.ops._planes import resolve_workspace
 from spectriton.ops._rows import row_bytes, rows_to_visit, store_rows
@@ -609,8 +615,8 @@ def check_norm(
     """
     if isinstance(x, PackedSpectrum):
         shape = list(x.shape)
-        if size is not None and list(size) != shape[2:]:
-            fail(op, "size", tuple(size), f"{tuple(shape[2:])}, that of the packed maps", "leave size out")
+        if size is not None and check_size(op, size) != x.shape[2:]:
+            fail(op, "size", size, f"{tuple(shape[2:])}, that of the packed maps", "leave size out")
     else:
         check_complex(op, "x", x)
         shape = [*x.shape[:2], *check_half_spectrum(op, "x", x, size)]
@@ -621,8 +627,8 @@ def check_norm(
         ("running_mean", running_mean),
         ("running_var", running_var),
     ):
-        if given is not None and tuple(given.shape) != (channels,):
-            fail(op, name, given, f"shape ({channels},)", "match the channels of this layer to those of its input")
+        if given is not None:
+            check_per_channel(op, name, given, channels, "match the channels of this layer to those of its input")
     if (running_mean is None) != (running_var is None) or not (training or running_mean is not None):
         fail(
             op,

@@ -74,6 +74,7 @@ def test_seeds(tmp_path: Path, fake_models: list[dict[str, object]], capsys: pyt
         (["--model", "lennet"], "did you mean 'lenet'"),
         (["--data", "fashion-mnist", "--data-dir", "/absent"], "train-images-idx3-ubyte"),
         (["--threshold", "-1"], "threshold"),
+        (["--threshold", "inf"], "threshold got inf, expected a finite number"),
         (["--lr", "nan"], "--lr"),
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "many"], "--epochs"),
@@ -97,6 +98,16 @@ def test_mistakes_end_with_a_clear_message_and_status_2(
     printed = capsys.readouterr().err
     assert said in printed and "Traceback" not in printed
     assert not (tmp_path / "x").exists()
+
+
+def test_an_unwritable_folder_is_found_before_training(
+    tmp_path: Path, fake_models: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run("compare", "--out", str(tmp_path / "file" / "x"), *QUICK) == 2
+    printed = capsys.readouterr()
+    assert "folder got" in printed.err and "choose another --out" in printed.err
+    assert "epoch 1/1" not in printed.err
 
 
 def test_a_truncated_file_ends_with_status_2(

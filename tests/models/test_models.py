@@ -228,9 +228,11 @@ def test_twin_saves_less():
         ("resnet18", {}, ValueError, "residual sums.*spectriton.compress"),
         ("resnet50", {}, ValueError, "residual sums.*spectriton.compress"),
         ("lenet", {"width": 0.0}, ValueError, "width got 0"),
-        ("lenet", {"width": "half"}, ValueError, "width got half"),
+        ("lenet", {"width": "half"}, ValueError, "width got 'half'"),
         ("lenet", {"treshold": 0.5}, TypeError, "option got 'treshold'"),
         ("lenet", {"threshold": -1.0}, ValueError, "not negative"),
+        ("lenet", {"threshold": None}, TypeError, "models.build: threshold got None"),
+        ("lenet", {"paper": "no"}, TypeError, "paper got 'no'"),
         ("lenet", {"activation": "gelu"}, ValueError, "activation got 'gelu'.*relu"),
     ],
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from spectriton import PackedSpectrum, ops
@@ -199,6 +201,22 @@ BAD = [
     (lambda: snn.SpecBlock(3, 4, 3)(ops.to_spectral(torch.zeros(1, 2, 4, 4), threshold=0)), ValueError, "2 channels"),
     (lambda: snn.ToSpatial()(torch.zeros(1, 3, 4, 4)), TypeError, "PackedSpectrum"),
     (lambda: snn.MaxPool2d(0), ValueError, "kernel_size got 0"),
+    (lambda: snn.MaxPool2d(1.5), ValueError, "kernel_size got 1.5"),
+    (lambda: snn.MaxPool2d(2, threshold=0.5, value_dtype="int2"), ValueError, "MaxPool2d: value_dtype got 'int2'"),
+    (lambda: snn.ToSpectral(value_dtype="int2"), ValueError, "ToSpectral: value_dtype got 'int2'"),
+    (lambda: snn.SpecBlock(3, 4, 3, value_dtype=torch.int32), ValueError, "SpecBlock: value_dtype got 'int32'"),
+    (lambda: snn.SpecBlock(3, 4, 3, activation_scale=float("inf")), ValueError, "SpecBlock: activation_scale got inf"),
+    (lambda: snn.SpecBlock(3, 4, 3, activation_scale="a"), TypeError, "SpecBlock: activation_scale got 'a'"),
+    (lambda: snn.SpecBlock(3, 4, 3, norm="batch"), TypeError, "norm got 'batch'"),
+    (lambda: snn.SpecBlock(3, 4, 3, activation="relu", pool_stride=2), ValueError, "pool_stride got 2"),
+    (lambda: snn.SpecBlock(3, 4, 3, groups=2), ValueError, "SpecBlock: groups got 2, expected a divisor of 3"),
+    (lambda: snn.SpecBlock(3, 4, 3, stride=1.5), ValueError, "SpecBlock: stride got 1.5"),
+    (lambda: snn.SpectralConv2d(3, 0, 3), ValueError, "SpectralConv2d: out_channels got 0"),
+    (lambda: snn.SpectralConv2d(3, 4, -1), ValueError, "SpectralConv2d: kernel_size got -1"),
+    (lambda: snn.SpectralConv2d(3, 4, "3"), ValueError, "SpectralConv2d: kernel_size got '3'"),
+    (lambda: snn.SpectralConv2d(3, 4, 3, dtype=torch.complex64), ValueError, "dtype got torch.complex64"),
+    (lambda: snn.SpectralConv2d(3, 4, 3)(snn.ToSpectral()(torch.zeros(1, 3, 4, 4))), TypeError, "to_spatial"),
+    (lambda: snn.GlobalMaxPool()([]), ValueError, "GlobalMaxPool: packed got an empty list"),
 ]
 
 
@@ -206,6 +224,20 @@ BAD = [
 def test_bad_input(call, kind: type[Exception], text: str):
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    two, three = np.int64(2), np.int64(3)
+    layer = snn.SpectralConv2d(two, two, three, stride=two, groups=two)
+    assert layer(torch.zeros(1, 2, 4, 4)).shape == (1, 2, 2, 2)
+    assert snn.MaxPool2d(two)(torch.zeros(1, 2, 4, 4)).shape == (1, 2, 2, 2)
+
+
+def test_forward_mode_is_refused():
+    # PyTorch knows no rule for custom ops and would go on with tangents of zero.
+    x = torch.randn(1, 3, 4, 4)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        snn.SpectralConv2d(3, 4, 3).requires_grad_(False)(forward_ad.make_dual(x, x))
 
 
 def test_compiles_without_graph_breaks():

@@ -208,6 +208,11 @@ def test_an_overflow_is_said_and_learnt_from(device: torch.device):
     assert isinstance(raised.value.__context__, ArithmeticError)
 
 
+def test_what_is_no_module_is_said():
+    with pytest.raises(TypeError, match="run_ahead: modules got"):
+        ops.run_ahead(lambda: None, [nn.Linear(1, 1)])  # type: ignore[arg-type]
+
+
 def test_other_threads_check_for_themselves(device: torch.device):
     layer = snn.ToSpectral(0.5)
     x = torch.randn(2, 8, 4, 4, device=device)

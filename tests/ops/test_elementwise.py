@@ -71,6 +71,15 @@ def test_channel_mix(frequencies: tuple[int, ...]):
     torch.library.opcheck(torch.ops.spectriton.channel_mix.default, (x, w))
 
 
+@pytest.mark.parametrize(("batch", "inputs"), [(0, 3), (2, 0)])
+def test_channel_mix_of_nothing(batch: int, inputs: int):
+    x, w = (torch.zeros(n, inputs, 4, 5, dtype=COMPLEX, requires_grad=True) for n in (batch, 6))
+    y = ops.channel_mix(x, w)
+    assert y.shape == (batch, 6, 4, 5) and not y.any()
+    y.abs().sum().backward()
+    assert w.grad is not None and not w.grad.any()
+
+
 def test_channel_mix_of_views():
     x, w = random(6, 4, 3).detach().transpose(0, 2), random(5, 4, 6).detach().conj()
     torch.testing.assert_close(ops.channel_mix(x, w), torch.einsum("bif,oif->bof", x, w))
@@ -156,7 +165,10 @@ BAD = [
     (lambda: ops.spectral_activation(torch.zeros(2, 3)), TypeError, "expected a complex tensor"),
     (lambda: ops.spectral_activation(torch.zeros(2, 3, dtype=SINGLE), "tan"), ValueError, "did you mean 'tanh'"),
     (lambda: ops.spectral_activation(torch.zeros(2, 3, dtype=SINGLE), scale=torch.ones(2)), ValueError, r"\(3,\)"),
+    (lambda: ops.spectral_activation(torch.zeros(2, 3, dtype=SINGLE), scale=2.0), TypeError, "scale got 2.0"),
+    (lambda: ops.complex_product(*(torch.zeros(2, dtype=SINGLE) for _ in "xw"), "yes"), TypeError, "conj_w got 'yes'"),
     (lambda: ops.kernel_spectrum(torch.zeros(2, 3, 3), (4, 4)), ValueError, "4 dimensions"),
+    (lambda: ops.kernel_spectrum(torch.zeros(2, 1, 3, 3), 4), ValueError, "size got 4, expected"),
     (lambda: ops.kernel_spectrum(torch.zeros(2, 1, 3, 3), (4, 4), groups=3), ValueError, "divisor"),
 ]  # fmt: skip
 

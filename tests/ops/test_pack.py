@@ -212,6 +212,9 @@ BAD = [
         "'nearest', 'stochastic'",
     ),
     (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), threshold=1, seed=1.5), TypeError, "an int64 tensor without"),
+    (lambda: ops.to_spectral(torch.randn(1, 3, 4, 4), density=-1), ValueError, "keep a quarter"),
+    (lambda: ops.pack(torch.zeros(1, 3, 4, 3, dtype=torch.cfloat), size=4, threshold=1), ValueError, "size got 4,"),
+    (lambda: ops.pack(torch.zeros(1, 3, 4, 3, dtype=torch.cfloat), size="44", threshold=1), ValueError, "got '44'"),
     (lambda: ops.to_spatial(torch.randn(1, 3, 4, 4)), TypeError, "ToSpectral"),
     (lambda: ops.unpack(torch.randn(1, 3, 4, 4)), TypeError, "expected a PackedSpectrum"),
 ]

@@ -209,6 +209,8 @@ def test_bad_input():
         ops.spatial_relu(packed)
     with pytest.raises(ValueError, match="spatial_relu: kernel_size got"):
         ops.spatial_relu(packed, threshold=0.5, kernel_size=5)
+    with pytest.raises(ValueError, match="spatial_relu: kernel_size got .*256 positions"):
+        ops.spatial_relu(ops.to_spectral(torch.zeros(1, 1, 17, 17), threshold=0.5), threshold=0.5, kernel_size=17)
     with pytest.raises(TypeError, match="batch_norm_relu: packed got"):
         ops.batch_norm_relu(torch.zeros(1, 1, 4, 4), threshold=0.5, training=True)
     with pytest.raises(ValueError, match=r"batch_norm_relu: weight got .*shape \(3,\)"):

@@ -145,6 +145,11 @@ def test_saves_maps_and_taps_only():
         ({"padding_mode": "reflect"}, ValueError, "padding_mode got 'reflect'"),
         ({"groups": 3}, ValueError, "divisor of the 4"),
         ({"workspace": -1}, ValueError, "workspace"),
+        ({"stride": None}, ValueError, "stride got None"),
+        ({"bias": [0.0] * 4}, TypeError, "bias got"),
+        ({"bias": torch.zeros(4, dtype=torch.cfloat)}, TypeError, "bias got a complex64"),
+        ({"weight": torch.zeros(0, 3, 3, 3)}, ValueError, "weight got"),
+        ({"weight": torch.zeros(4, 3, 3, 3).tolist()}, TypeError, "weight got a value of type list"),
     ],
 )
 def test_bad_input(change: dict[str, object], kind: type[Exception], text: str):
