@@ -104,7 +104,13 @@ class Backend:
     def ready_plan(self, plan: block_codec.Plan, layout: block_codec.BlockLayout) -> block_codec.Plan:
         """A plan of :meth:`block_plan` with all tables, for those who encode and decode by it more than once."""
         encoding, decoding = block_codec.encoding_tables(plan, layout), block_codec.decoding_tables(plan, layout)
-        return plan._replace(rows=plan.rows.new_empty(0), encoding=encoding, decoding=decoding)
+        return plan._replace(
+            rows=plan.rows.new_empty(0),
+            width=plan.width.int(),
+            start=plan.start.int(),
+            encoding=encoding,
+            decoding=decoding,
+        )
 
     def encode_blocks(
         self, x: Tensor, layout: block_codec.BlockLayout, plan: block_codec.Plan, seed: Tensor | None, workspace: int

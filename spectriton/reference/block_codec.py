@@ -612,13 +612,12 @@ def encoding_tables(plan: Plan, layout: BlockLayout) -> tuple[Tensor, tuple[Tens
     return (frequency * _transformed(plan, layout) + component).int(), (row.int(), place)
 
 
-def decoding_tables(plan: Plan, layout: BlockLayout) -> tuple[Tensor, Tensor]:
-    """For each (component, kept frequency) its number among the coded rows, and the transform at these frequencies."""
-    kept = _kept(plan, layout)
+def decoding_tables(plan: Plan, layout: BlockLayout) -> Tensor:
+    """For each (component, kept frequency) its number among the coded rows."""
     # Where there are no bits the spare row is read.
-    row = plan.rows.new_full((_transformed(plan, layout) * kept.numel(),), plan.rows.numel())
+    row = plan.rows.new_full((_transformed(plan, layout) * _kept(plan, layout).numel(),), plan.rows.numel())
     row[plan.rows] = torch.arange(plan.rows.numel(), device=row.device)
-    return row.int(), plan.change.dct if kept.numel() == layout.frequencies else plan.change.dct[kept]
+    return row.int()
 
 
 def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | None, workspace: int) -> Tensor:
@@ -646,12 +645,14 @@ def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | Non
 
 def decode_blocks(records: Tensor, layout: BlockLayout, plan: Plan, out: Tensor, workspace: int) -> Tensor:
     """Writes the maps ``out`` ``(B, C, H, W)`` of records ``(N, L)``, and returns them. In float16 they saturate."""
-    row, dct = plan.decoding or decoding_tables(plan, layout)
-    change = plan.change._replace(dct=dct)
+    row = decoding_tables(plan, layout) if plan.decoding is None else plan.decoding
+    change = plan.change
+    if plan.kept is not None:
+        change = change._replace(dct=change.dct[plan.kept])
     for part in regions(layout, workspace):
         target, own = maps_of(out, layout, part), records[part.n0 : part.n1]
         coefficients = read_fields(own, plan, spare=1).index_select(0, row)
-        transform_back(coefficients.view(-1, dct.shape[0], coefficients.shape[1]), layout, change, target)
+        transform_back(coefficients.view(-1, change.dct.shape[0], coefficients.shape[1]), layout, change, target)
     return out
 
 

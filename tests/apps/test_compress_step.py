@@ -131,6 +131,22 @@ def test_compressed_maps_are_encoded_and_decoded_as_documented():
     assert sum(part.nbytes for part in parts.values()) == traffic.nbytes
 
 
+def test_a_step_between_statistics_has_few_operations():
+    traffic = Traffic()
+    with counting(traffic):
+        step = step_of(spectriton.compress(tiny(), bits=8))
+        for _ in range(4):  # the second use takes statistics again, the third does not
+            counts = len(traffic.operations)
+            step()
+        counts = len(traffic.operations) - counts
+        traffic.operations = traffic.operations[-counts:]
+    parts = {name: sorted(o.name for o in part.operations) for name, part in traffic.parts().items()}
+    # The means, NaN for groups that are not finite; room for the records.
+    assert parts["statistics of the codec"] == ["add", "mean", "sum"]
+    assert parts["encoding"] == ["encode_blocks", "zeros"]
+    assert set(parts["decoding"]) == {"decode_blocks"} and "tables of the codec" not in parts
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_bytes_held_are_those_of_a_real_step(compressed: bool):
     def usage(track: Callable[..., object]) -> memory.Usage:
@@ -251,6 +267,9 @@ def test_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     exact, compressed = found[EXACT], found["compress 4 bits"]
     assert compressed["read_bytes"] > exact["read_bytes"] and compressed["device_seconds"] > exact["device_seconds"]
     assert compressed["saved_bytes"] < exact["saved_bytes"]
+    assert (
+        compressed["first_operations"] > 2 * compressed["operations"] > exact["operations"] == exact["first_operations"]
+    )
     assert "device_seconds" not in found["exact fp32"]
     assert sum(m["encoded"] for m in compressed["maps"]) > 0
     assert sum(p["operations"] for p in compressed["parts"].values()) == compressed["operations"]
