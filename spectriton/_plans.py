@@ -26,11 +26,12 @@ MOST_USES = 8
 
 
 def is_due(use: int, refresh: int) -> bool:
-    """Whether statistics are taken at the ``use``-th time (from 1): 1, 2, 4, .. up to ``refresh``, then every so many.
+    """Whether statistics are taken at the ``use``-th time, from 1.
 
-    At first weights change fast, and with them the maps.
+    At first weights change fast, and with them the maps: each time up to the 16th, then every second time, from the
+    32nd on every fourth, and so on up to every ``refresh``-th. No statistics are older than an eighth of all uses.
     """
-    return use % refresh == 0 or (use < refresh and use & (use - 1) == 0)
+    return use % min(refresh, 1 << max(0, use.bit_length() - 4)) == 0
 
 
 class KeptPlan:

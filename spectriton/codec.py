@@ -377,8 +377,8 @@ class BlockCodec(Codec):
         mix: channels in a group; 1 leaves channels alone.
         rounding: ``"nearest"``, or ``"stochastic"``: without bias in what has bits, but with more error.
         workspace: bound on temporaries in bytes; the ops' default where left out.
-        refresh: in a network, statistics are taken in every so many forward passes; at first more often, in the 1st,
-            2nd, 4th, 8th one. 1: in each.
+        refresh: in a network, statistics are taken in every so many forward passes, in the first ones more often.
+            1: in each.
         allotment: what the codecs of a network share, so that the budget holds for all their maps together; None: it
             holds for each.
         plans: where a network keeps plans; None: nowhere.

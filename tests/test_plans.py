@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import spectriton
-from spectriton import memory
+from spectriton import _plans, memory
 from spectriton._plans import MOST_USES, KeptPlan, Place, Plans, is_due
 from spectriton.codec import BlockCodec, Encoded, make_codec
 from spectriton.compression import gradient_report
@@ -33,6 +33,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics at the 1st, 2nd, 4th, 8th, .. time, so that few steps show what kept ones do."""
+    monkeypatch.setattr(_plans, "is_due", doubling)
+
+
+def doubling(use: int, refresh: int) -> bool:
+    return use % refresh == 0 or use & (use - 1) == 0
 
 
 @pytest.fixture
@@ -79,9 +89,11 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def test_when_statistics_are_taken():
-    assert [use for use in range(1, 50) if is_due(use, 16)] == [1, 2, 4, 8, 16, 32, 48]
-    assert [use for use in range(1, 25) if is_due(use, 10)] == [1, 2, 4, 8, 10, 20]
-    assert all(is_due(use, 1) for use in range(1, 9))
+    due = [use for use in range(1, 200) if is_due(use, 16)]
+    assert due == [*range(1, 16), *range(16, 32, 2), *range(32, 64, 4), *range(64, 128, 8), *range(128, 200, 16)]
+    assert [use for use in range(60, 100) if is_due(use, 10)] == [60, 64, 72, 80, 88, 96]
+    assert [use for use in range(150, 200) if is_due(use, 10)] == [150, 160, 170, 180, 190]
+    assert all(is_due(use, 1) for use in range(1, 99))
 
 
 def test_statistics_and_tables_are_made_when_they_are_due_only(made: list[str]):
@@ -92,7 +104,7 @@ def test_statistics_and_tables_are_made_when_they_are_due_only(made: list[str]):
         step(model, images(number))
         assert made.count("tables") == made.count("statistics")
         counts.append(made.count("statistics"))
-    assert counts == [int(is_due(use, 5)) for use in range(1, 13)]
+    assert counts == [int(doubling(use, 5)) for use in range(1, 13)]
 
 
 def test_refresh_of_one_keeps_nothing(made: list[str]):
