@@ -11,7 +11,8 @@ Before a row is measured its loss is compared with that of the exact network of 
 equal to the bit on a CPU; on CUDA within a thousandth, with cuDNN's deterministic algorithms for both.
 
 With ``--predict`` nothing is measured: :mod:`bench.step_traffic` counts bytes and operations of the steps and says how
-long an H100 would take at least. The variables of ``bench/conftest.py`` hold for the rest.
+long an H100 would take at least; of compressed networks these are steps that take no statistics of maps. The variables
+of ``bench/conftest.py`` hold for the rest.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,8 @@ from torch import Tensor, nn
 from bench.compress_accuracy import CheckpointedSequential
 from bench.step_traffic import NETWORK, Machine, Traffic, counting, instructions, tracked
 from bench.timing import CUDA, DEVICE, QUICK, by_size, environment, quantile
-from spectriton import memory, models
+from spectriton import _plans, memory, models
+from spectriton.codec import BlockCodec
 from spectriton.compression import compress
 
 
@@ -309,28 +312,49 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 # -- predicting ------------------------------------------------------------------------------------------------------
 
 
-def count(row: Row, given: argparse.Namespace, model: str, batch: int) -> tuple[Traffic, memory.Usage]:
-    """What a step moves and computes, and what it holds."""
+class Counted(NamedTuple):
+    """What was counted.
+
+    Attributes:
+        traffic: what a step moves and computes.
+        usage: what it holds.
+        first: operations of the first step: it takes statistics of all maps, as one in ``refresh`` does.
+    """
+
+    traffic: Traffic
+    usage: memory.Usage
+    first: int
+
+
+def count(row: Row, given: argparse.Namespace, model: str, batch: int) -> Counted:
+    """Counts a step that takes no statistics of maps, for which two come before where there are such."""
     traffic = Traffic()
-    with counting(traffic):
+    with counting(traffic), mock.patch.object(_plans, "is_due", lambda use, refresh: use == 1):
         step = Step(row, given, model, batch, torch.device("cpu"))
         for parameter in step.net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         step.optimizer.step()  # makes its state
         step.optimizer.zero_grad(set_to_none=True)
         traffic.operations.clear()
+        first = 0
+        # With the second step the allotment of bits settles.
+        for _ in range(0 if row.bits is None else 2):
+            step()
+            first = first or len(traffic.operations)
+        traffic.operations.clear()
+        traffic.coded.clear()
         with tracked(step.net, step.optimizer) as usage:
             step()
-    return traffic, usage
+    return Counted(traffic, usage, first or len(traffic.operations))
 
 
 def predict(given: argparse.Namespace, model: str, machine: Machine, per_value: dict[str, float]) -> dict[str, Any]:
     """The predicted figures of a model's rows."""
     found: dict[str, Any] = {}
     for name in (name for name in ROWS if name in given.rows):
-        traffic, usage = count(ROWS[name], given, model, given.batch)
+        traffic, usage, first = count(ROWS[name], given, model, given.batch)
         half = max(1, given.batch // 2)
-        _, of_half = count(ROWS[name], given, model, half)
+        of_half = count(ROWS[name], given, model, half).usage
         each = (usage.peak_bytes - of_half.peak_bytes) / (given.batch - half)
         fixed = usage.peak_bytes - each * given.batch
         found[name] = {
@@ -338,6 +362,7 @@ def predict(given: argparse.Namespace, model: str, machine: Machine, per_value: 
             "written_bytes": sum(o.written for o in traffic.operations),
             "flops": traffic.flops,
             "operations": len(traffic.operations),
+            "first_operations": first,
             "saved_bytes": usage.saved_bytes,
             "peak_bytes": usage.peak_bytes,
             "largest_batch": int((machine.memory - fixed) / each),
@@ -420,7 +445,8 @@ def predicted_tables(model: str, rows: dict[str, Any], machine: Machine) -> str:
         base = exact["device_seconds"]
         lines += [
             "",
-            f"Parts of *{name}*; shares are of the exact step's {1e3 * base:.1f} ms.",
+            f"Parts of *{name}*; shares are of the exact step's {1e3 * base:.1f} ms. In one of {BlockCodec().refresh} "
+            f"steps statistics are taken: {row['first_operations']:,} operations.",
             "",
             "| part | moved, GB | operations | device, ms | share |",
             "| --- | ---: | ---: | ---: | ---: |",

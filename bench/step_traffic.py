@@ -225,6 +225,8 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
 PARTS = {
     ("block_codec.py", "fit"): "statistics of the codec",
     ("block_codec.py", "make_plan"): "tables of the codec",
+    ("block_codec.py", "channel_means"): "statistics of the codec",
+    ("_backend.py", "TritonBackend.ready_plan"): "tables of the codec",
     ("block_codec.py", "encode_blocks"): "encoding",
     ("block_codec.py", "decode_blocks"): "decoding",
     ("_functions.py", "Rectify.forward"): "ReLU and its bits",

@@ -101,6 +101,17 @@ class Backend:
         """How blocks are coded, from what is stored beside the records. On a GPU the host does not wait for it."""
         return block_codec.make_plan(stored, layout, compact=stored[0].device.type == "cpu")
 
+    def ready_plan(self, plan: block_codec.Plan, layout: block_codec.BlockLayout) -> block_codec.Plan:
+        """A plan of :meth:`block_plan` with all tables, for those who encode and decode by it more than once."""
+        encoding, decoding = block_codec.encoding_tables(plan, layout), block_codec.decoding_tables(plan, layout)
+        return plan._replace(
+            rows=plan.rows.new_empty(0),
+            width=plan.width.int(),
+            start=plan.start.int(),
+            encoding=encoding,
+            decoding=decoding,
+        )
+
     def encode_blocks(
         self, x: Tensor, layout: block_codec.BlockLayout, plan: block_codec.Plan, seed: Tensor | None, workspace: int
     ) -> Tensor:
@@ -321,6 +332,14 @@ class TritonBackend(Backend):
     def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
         """Of all rows: the kernels pass over those without bits."""
         return block_codec.make_plan(stored, layout, compact=False)
+
+    def ready_plan(self, plan: block_codec.Plan, layout: block_codec.BlockLayout) -> block_codec.Plan:
+        """As the reference's; of what the kernels do not take nothing stays."""
+        if not self._kernels.can_code(layout):
+            return super().ready_plan(plan, layout)
+        encoding, decoding = self._kernels.block_tables(plan, layout, block_codec.RATE)
+        none = plan.rows.new_empty(0)
+        return plan._replace(rows=none, width=none, start=none, encoding=encoding, decoding=decoding)
 
     def encode_blocks(
         self, x: Tensor, layout: block_codec.BlockLayout, plan: block_codec.Plan, seed: Tensor | None, workspace: int

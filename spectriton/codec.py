@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectriton import reference
 from spectriton._backend import backend, workspace_bytes
 from spectriton._check import check_choice, check_real_maps, check_threshold, fail
+from spectriton._plans import KeptPlan, Place, Plans
 from spectriton.ops import to_spatial, to_spectral
 from spectriton.ops._arguments import check_rounding, check_rule, check_seed, check_workspace
 from spectriton.packed import PackedSpectrum, make_edge
@@ -122,6 +123,10 @@ class Codec:
 
     def for_network(self) -> Codec:
         """What the modules of one network share in place of this codec; itself where it treats all maps alike."""
+        return self
+
+    def for_module(self, module: nn.Module) -> Codec:
+        """What encodes the next maps that a module of the network keeps."""
         return self
 
     def for_maps(self, x: Tensor) -> Codec:
@@ -364,13 +369,20 @@ class BlockCodec(Codec):
     Values are taken relative to the deviation of their channel. What lies far beyond the scale of its row saturates. A
     value that is not finite turns its whole group of channels to NaN.
 
+    In a network that :func:`spectriton.compress` has changed, statistics stay over several forward passes, but for the
+    means of channels. Maps that :meth:`encode` is called for directly have their own.
+
     Args:
         density, bits: their product is the budget in bits per value, from above 0 to 8.
         mix: channels in a group; 1 leaves channels alone.
         rounding: ``"nearest"``, or ``"stochastic"``: without bias in what has bits, but with more error.
         workspace: bound on temporaries in bytes; the ops' default where left out.
+        refresh: in a network, statistics are taken in every so many forward passes, in the first ones more often.
+            1: in each.
         allotment: what the codecs of a network share, so that the budget holds for all their maps together; None: it
             holds for each.
+        plans: where a network keeps plans; None: nowhere.
+        place, kept: of the plans, where that of the maps is, and this itself.
     """
 
     density: float = 0.25
@@ -378,7 +390,11 @@ class BlockCodec(Codec):
     mix: int = 64
     rounding: str = "nearest"
     workspace: int | None = None
+    refresh: int = 16
     allotment: Allotment | None = field(default=None, compare=False, repr=False)
+    plans: Plans | None = field(default=None, compare=False, repr=False)
+    place: Place | None = field(default=None, compare=False, repr=False)
+    kept: KeptPlan | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         density = check_threshold("BlockCodec", self.density, "density", "pass 0.25")
@@ -391,29 +407,44 @@ class BlockCodec(Codec):
             fail("BlockCodec", "mix", self.mix, "a positive number of channels", "pass 64, or 1 to leave them alone")
         check_choice("BlockCodec", "rounding", self.rounding, reference.ROUNDINGS)
         check_workspace("BlockCodec", self.workspace)
+        if not isinstance(self.refresh, int) or self.refresh < 1:
+            fail("BlockCodec", "refresh", self.refresh, "a positive number of forward passes", "pass 16")
 
     def for_small_maps(self) -> Codec:
         return QuantiseCodec(8, rounding=self.rounding, workspace=self.workspace)
 
     def for_network(self) -> Codec:
-        return replace(self, allotment=Allotment())
+        return replace(self, allotment=Allotment(), plans=Plans(self.refresh) if self.refresh > 1 else None)
+
+    def for_module(self, module: nn.Module) -> Codec:
+        return self if self.plans is None else replace(self, place=self.plans.place(module))
 
     def for_maps(self, x: Tensor) -> Codec:
-        if self.allotment is None:
-            return self
-        rate = self.allotment.rate(x.shape[1:].numel(), self.density * self.bits)
-        # Rounding must not carry it beyond the most.
-        return replace(self, bits=min(rate, _MOST_BITS - 1e-6) / self.density)
+        codec = self
+        if self.allotment is not None:
+            rate = self.allotment.rate(x.shape[1:].numel(), self.density * self.bits)
+            # Rounding must not carry it beyond the most.
+            codec = replace(self, bits=min(rate, _MOST_BITS - 1e-6) / self.density)
+        if self.place is None or x.numel() == 0:
+            return codec
+        layout, workspace = codec._layout(x), workspace_bytes(self.workspace, x.device)
+        return replace(codec, place=None, kept=self.place.plan(x, layout, workspace))
+
+    def _layout(self, maps: Tensor) -> block_codec.BlockLayout:
+        return block_codec.block_layout(tuple(maps.shape), self.density * self.bits, self.mix)
 
     def _encode(self, x: Tensor, seed: int | Tensor | None) -> tuple[Tensor, ...]:
         if x.numel() == 0:
             return (x.new_empty(0, dtype=torch.uint8),)
-        layout = block_codec.block_layout(tuple(x.shape), self.density * self.bits, self.mix)
-        workspace = workspace_bytes(self.workspace, x.device)
-        stored = block_codec.fit(x, layout, workspace)
+        layout, workspace = self._layout(x), workspace_bytes(self.workspace, x.device)
         runs = backend(x.device)
+        if self.kept is None:
+            stored = block_codec.fit(x, layout, workspace)
+            plan = runs.block_plan(stored, layout)
+        else:
+            stored, plan = self.kept.of_maps(x)
         number = _seed(seed, stored[0]) if self.rounding == "stochastic" else None
-        records = runs.encode_blocks(x, layout, runs.block_plan(stored, layout), number, workspace)
+        records = runs.encode_blocks(x, layout, plan, number, workspace)
         return (records, *stored)
 
     def _decode(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
@@ -421,10 +452,14 @@ class BlockCodec(Codec):
             return
         if self.allotment is not None:
             self.allotment.note_decoding()
-        layout = block_codec.block_layout(tuple(out.shape), self.density * self.bits, self.mix)
+        if self.plans is not None:
+            self.plans.note_decoding()
+        layout, runs = self._layout(out), backend(out.device)
         records, scales, basis, spectrum = tensors
-        runs = backend(out.device)
-        plan = runs.block_plan((scales, basis, spectrum), layout)
+        stored = scales, basis, spectrum
+        plan = None if self.kept is None else self.kept.of_stored(stored)
+        if plan is None:
+            plan = runs.block_plan(stored, layout)
         runs.decode_blocks(records, layout, plan, out, workspace_bytes(self.workspace, out.device))
 
 
@@ -435,6 +470,7 @@ def make_codec(
     bits: float | None = None,
     rounding: str | None = None,
     workspace: int | None = None,
+    refresh: int | None = None,
 ) -> Codec:
     """A codec by its transform.
 
@@ -453,6 +489,7 @@ def make_codec(
         bits: of a value that is kept.
         rounding: ``"nearest"`` or ``"stochastic"``.
         workspace: bound on temporaries in bytes; the ops' default where left out.
+        refresh: with ``"dct"``, see :class:`BlockCodec`.
 
     Raises:
         TypeError, ValueError: no such transform, or a setting that it does not have.
@@ -462,6 +499,10 @@ def make_codec(
     settings = {name: value for name, value in given.items() if value is not None}
     if transform in ("none", "cast") and settings.pop("density", 1) != 1:
         fail("make_codec", "density", density, f"1 for transform={transform!r}", "leave it out, or choose a transform")
+    if refresh is not None:
+        if transform != "dct":
+            fail("make_codec", "refresh", refresh, f"none for transform={transform!r}", "leave it out")
+        settings["refresh"] = refresh
     if transform == "cast":
         settings.pop("workspace", None)
         formats = {16: torch.bfloat16, 32: torch.float32}

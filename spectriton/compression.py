@@ -58,6 +58,7 @@ def compress(
     *,
     transform: str = "dct",
     rounding: str | None = None,
+    refresh: int | None = None,
     codec: Codec | None = None,
 ) -> Model:
     """Let a network keep compressed feature maps for backward, in place.
@@ -71,6 +72,8 @@ def compress(
         bits: of a kept value; 4 with a transform where left out, 2 without.
         transform, rounding: as for :func:`spectriton.codec.make_codec`: ``"dct"`` of blocks, ``"fft"`` of whole maps,
             ``"none"``, ``"cast"``; the transform's own rounding where left out.
+        refresh: with ``"dct"``, statistics of maps are taken in every so many forward passes (16 where left out), at
+            first more often; 1: in each.
         codec: a codec of :mod:`spectriton.codec` instead of all these settings.
 
     Returns:
@@ -81,7 +84,7 @@ def compress(
     """
     _check_model("compress", model)
     if codec is None:
-        codec = make_codec(transform, density=density, bits=bits, rounding=rounding)
+        codec = make_codec(transform, density=density, bits=bits, rounding=rounding, refresh=refresh)
     elif not isinstance(codec, Codec):
         fail("compress", "codec", codec, "a codec of spectriton.codec, or None", "leave it out", TypeError)
     chosen = [module for module in model.modules() if type(module) in _COMPRESSED or type(module) in _ORIGINAL]
@@ -215,7 +218,8 @@ def gradient_report(
     """Compare the gradients of a compressed network with the exact ones, on the same batches.
 
     Both see the same weights, buffers and random numbers. The network is left as it was: weights, gradients, running
-    statistics and random generators do not change.
+    statistics, random generators and what the codec knows of maps do not change. The comparison begins without any such
+    knowledge, so it always finds the same.
 
     Args:
         model: a network that was compressed by :func:`compress`, on the device of the batches, in the mode (training or
@@ -235,31 +239,36 @@ def gradient_report(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         fail(op, "model", "a network without trainable parameters", "one with some", "call model.requires_grad_()")
+    fresh = {id(codec): codec.for_network() for codec in compressed.values()}
     tallies: dict[str, _Tally] = {name: _Tally() for name in (*parameters, "all")}
     count = 0
-    for number, (inputs, labels) in enumerate(batches):
+    try:
+        for number, (inputs, labels) in enumerate(batches):
 
-        def gradients(inputs: Tensor = inputs, labels: Tensor = labels, number: int = number) -> list[Tensor]:
-            with _unchanged(model, inputs.device), torch.enable_grad():
-                torch.manual_seed(seed + number)
-                value = loss(model(inputs), labels)
-                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters.values(), strict=True)]
+            def gradients(inputs: Tensor = inputs, labels: Tensor = labels, number: int = number) -> list[Tensor]:
+                with _unchanged(model, inputs.device), torch.enable_grad():
+                    torch.manual_seed(seed + number)
+                    value = loss(model(inputs), labels)
+                    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+                return [
+                    torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters.values(), strict=True)
+                ]
 
-        if not count:
-            # The codec knows the sizes of all maps, and what it makes of them, after the first backward.
-            gradients()
-        ours = gradients()
-        decompress(model)
-        try:
-            exact = gradients()
-        finally:
             for module, codec in compressed.items():
-                _replace(module, codec)
-        for name, g, e in zip(parameters, ours, exact, strict=True):
-            tallies[name].add(g.double().flatten(), e.double().flatten())
-        tallies["all"].add(*(torch.cat([g.double().flatten() for g in side]) for side in (ours, exact)))
-        count += 1
+                _replace(module, fresh[id(codec)])
+            if not count:
+                # The codec knows the sizes of all maps, and what it makes of them, after the first backward.
+                gradients()
+            ours = gradients()
+            decompress(model)
+            exact = gradients()
+            for name, g, e in zip(parameters, ours, exact, strict=True):
+                tallies[name].add(g.double().flatten(), e.double().flatten())
+            tallies["all"].add(*(torch.cat([g.double().flatten() for g in side]) for side in (ours, exact)))
+            count += 1
+    finally:
+        for module, codec in compressed.items():
+            _replace(module, codec)
     if not count:
         fail(op, "batches", "none", "at least one pair of inputs and labels", "pass a list of batches")
     total = tallies.pop("all")

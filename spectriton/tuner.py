@@ -508,14 +508,13 @@ def _encode_blocks(case: Case, random: _Random) -> Problem:
     factors = block_codec.compander_factors(random.device)
 
     def run(config: Any) -> Run:
-        launch, slices, shared = plan_encode_blocks(
+        launch, ends, shared = plan_encode_blocks(
             maps, layout, plan, levels, factors, block_codec.RATE, None, out, config
         )
 
         def call() -> None:
             launch.run()
-            if shared is not None:
-                add_shared(out, slices, shared)
+            add_shared(out, ends, shared)
 
         return Run(call, lambda: (out,))
 

@@ -24,6 +24,7 @@ LAYER_OF = {
     "_backend": "backend",
     "tuning": "backend",
     "_mixing": "backend",
+    "_plans": "ops",
     "codec": "ops",
     "ops": "ops",
     "nn": "nn",

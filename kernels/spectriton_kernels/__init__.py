@@ -4,7 +4,7 @@ One module a kernel family. Nothing here knows of autograd or validates what a u
 for a GPU at import, or imports `spectriton`.
 """
 
-from .block_codec import can_code, decode_blocks, encode_blocks
+from .block_codec import block_tables, can_code, decode_blocks, encode_blocks
 from .complex_product import complex_product
 from .kernel_spectrum import kernel_spectrum, kernel_spectrum_adjoint
 from .max_pool import can_pool, pool_maxima, pool_maxima_again, spread_maxima
@@ -15,6 +15,7 @@ from .spectral_activation import spectral_activation, spectral_activation_backwa
 from .unpack import unpack_planes, unpack_rows
 
 __all__ = [
+    "block_tables",
     "can_code",
     "can_pool",
     "clear_outside",

@@ -15,7 +15,7 @@ Products take 768 operations a value for 64 channels and blocks of 64 positions,
 at the 990 TFLOP/s of an H100, on which moving four bytes takes 1.3 ps.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -69,6 +69,32 @@ class Plan(Protocol):
     def start(self) -> torch.Tensor: ...
     @property
     def deviation(self) -> torch.Tensor: ...
+    @property
+    def encoding(self) -> Any: ...
+    @property
+    def decoding(self) -> Any: ...
+
+
+class EncodingTables(NamedTuple):
+    """What `encode_blocks` takes of a plan; `encode_blocks_kernel` tells what the first four are.
+
+    Attributes:
+        fields, rates, bits, slices: as the kernel takes them.
+        ends: `(2 * slices,)` int32, the bytes in which slices begin and end; None for a single slice.
+    """
+
+    fields: torch.Tensor
+    rates: torch.Tensor
+    bits: torch.Tensor
+    slices: torch.Tensor
+    ends: torch.Tensor | None
+
+
+class DecodingTables(NamedTuple):
+    """What `decode_blocks` takes of a plan; `decode_blocks_kernel` tells what they are."""
+
+    fields: torch.Tensor
+    deviation: torch.Tensor
 
 
 @triton.jit
@@ -403,12 +429,17 @@ def slice_components(layout: Layout) -> int:
     return min(layout.components, max(1, SLICE // layout.mix) * layout.mix)
 
 
+def _block_m(layout: Layout) -> int:
+    """Positions of a block, filled up."""
+    return max(_LEAST, next_power_of_2(layout.edges[0] * layout.edges[1]))
+
+
 def _shape(layout: Layout, maps: torch.Tensor, config: Blocks) -> tuple[dict[str, int], int]:
     """(constants that both kernels share, programs)."""
     components = slice_components(layout)
     block_c = max(_LEAST, next_power_of_2(components))
     frequencies = layout.edges[0] * layout.edges[1]
-    block_m = max(_LEAST, next_power_of_2(frequencies))
+    block_m = _block_m(layout)
     blocks, num_warps = config.shape(block_c * block_m, layout.blocks, filled_up=frequencies < block_m)
     meta = {
         "MIX": layout.mix,
@@ -453,10 +484,11 @@ def plan_decode_blocks(
         config = DECODE_BLOCKS.choose(out.device, (out.dtype,), _sizes(layout))
     meta, programs = _shape(layout, out, config)
     change = plan.change
+    tables = plan.decoding or DecodingTables(_fields(plan), plan.deviation)
     args = (
         records,
-        _fields(plan),
-        plan.deviation,
+        tables.fields,
+        tables.deviation,
         levels,
         None if change.basis is None else change.basis.contiguous(),
         change.dct,
@@ -488,19 +520,34 @@ def decode_blocks(
     return out
 
 
-def _bits(plan: Plan, layout: Layout, meta: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables of the bits and of the slices of a record, as the kernel takes them."""
+def _encoding_tables(plan: Plan, layout: Layout, rate: float) -> EncodingTables:
     frequencies = layout.edges[0] * layout.edges[1]
-    slice_rows = meta["COMPONENTS"] * frequencies
+    slice_rows = slice_components(layout) * frequencies
     bits = torch.arange(8 * layout.record, device=plan.start.device)
     end = plan.start + plan.width
     row = torch.searchsorted(end, bits, right=True).clamp_(max=end.shape[0] - 1)
     place = bits - plan.start[row]
     local = row % slice_rows
-    entry = (local // frequencies * meta["BLOCK_M"] + local % frequencies) * 8 + place
+    entry = (local // frequencies * _block_m(layout) + local % frequencies) * 8 + place
     entry = torch.where(place < plan.width[row], entry, -1).to(torch.int32)
-    slices = torch.cat([plan.start[::slice_rows], plan.start.new_full((1,), 8 * layout.record)])
-    return entry, slices.to(torch.int32)
+    slices = torch.cat([plan.start[::slice_rows], plan.start.new_full((1,), 8 * layout.record)]).to(torch.int32)
+    ends = None
+    if slices.shape[0] > 2:
+        # a slice that ends with the record has nothing to add there
+        ends = (torch.stack([slices[:-1], slices[1:]], 1).flatten() >> 3).clamp_(max=layout.record - 1)
+    return EncodingTables(_fields(plan), rate / plan.deviation, entry, slices, ends)
+
+
+def block_tables(plan: Plan, layout: Layout, rate: float) -> tuple[EncodingTables, DecodingTables]:
+    """What `encode_blocks` and `decode_blocks` take of a plan, as its `encoding` and its `decoding`.
+
+    Args:
+        plan: of all rows.
+        layout: of the maps, one that `can_code` takes.
+        rate: of the compander.
+    """
+    encoding = _encoding_tables(plan, layout, rate)
+    return encoding, DecodingTables(encoding.fields, plan.deviation)
 
 
 def plan_encode_blocks(
@@ -513,12 +560,12 @@ def plan_encode_blocks(
     key: torch.Tensor | None,
     records: torch.Tensor,
     config: Blocks | None = None,
-) -> tuple[Launch, torch.Tensor, torch.Tensor | None]:
+) -> tuple[Launch, torch.Tensor | None, torch.Tensor | None]:
     """The launch behind `encode_blocks`, by default in the configuration chosen for it.
 
     Returns:
-        The launch, the bits with which slices begin, and what is left to be added to the bytes that they share (None:
-        they share none).
+        The launch, the bytes in which slices begin and end, and what is left to be added to them (None for both: there
+        is a single slice).
     """
     assert can_code(layout), "groups or records too large"
     assert records.is_contiguous() and records.shape == (layout.blocks, layout.record)
@@ -526,10 +573,10 @@ def plan_encode_blocks(
     if config is None:
         config = ENCODE_BLOCKS.choose(x.device, (x.dtype,), _sizes(layout))
     meta, programs = _shape(layout, x, config)
-    bits, slices = _bits(plan, layout, meta)
+    tables = plan.encoding or _encoding_tables(plan, layout, rate)
     shared = None
-    if slices.shape[0] > 2:
-        shared = torch.zeros(layout.blocks, slices.shape[0] - 1, 2, dtype=torch.uint8, device=x.device)
+    if tables.ends is not None:
+        shared = torch.zeros(layout.blocks, tables.slices.shape[0] - 1, 2, dtype=torch.uint8, device=x.device)
     meta |= {
         "STOCHASTIC": key is not None,
         "SHARED": shared is not None,
@@ -538,16 +585,16 @@ def plan_encode_blocks(
     change = plan.change
     args = (
         x,
-        _fields(plan),
-        rate / plan.deviation,
+        tables.fields,
+        tables.rates,
         factors,
         levels,
         None if change.basis is None else change.basis.contiguous(),
         change.dct,
         change.mean.contiguous(),
         change.inverse.contiguous(),
-        bits,
-        slices,
+        tables.bits,
+        tables.slices,
         key,
         records,
         shared,
@@ -555,14 +602,13 @@ def plan_encode_blocks(
         rate,
         *_numbers(layout),
     )
-    return Launch(encode_blocks_kernel, (programs,), args, meta), slices, shared
+    return Launch(encode_blocks_kernel, (programs,), args, meta), tables.ends, shared
 
 
-def add_shared(records: torch.Tensor, slices: torch.Tensor, shared: torch.Tensor) -> None:
+def add_shared(records: torch.Tensor, ends: torch.Tensor | None, shared: torch.Tensor | None) -> None:
     """Completes records by the bytes that slices share; arguments as `plan_encode_blocks` returns them."""
-    ends = torch.stack([slices[:-1], slices[1:]], 1).flatten() >> 3
-    # a slice that ends with the record has nothing to add there
-    records.index_add_(1, ends.clamp_(max=records.shape[1] - 1), shared.view(records.shape[0], -1))
+    if ends is not None and shared is not None:
+        records.index_add_(1, ends, shared.view(records.shape[0], -1))
 
 
 def encode_blocks(
@@ -590,8 +636,7 @@ def encode_blocks(
     """
     # where slices share bytes these are added to, the others written
     records = torch.zeros(layout.blocks, layout.record, dtype=torch.uint8, device=x.device)
-    launch, slices, shared = plan_encode_blocks(x, layout, plan, levels, factors, rate, key, records)
+    launch, ends, shared = plan_encode_blocks(x, layout, plan, levels, factors, rate, key, records)
     launch.run()
-    if shared is not None:
-        add_shared(records, slices, shared)
+    add_shared(records, ends, shared)
     return records

@@ -188,7 +188,8 @@ def _block_plan(layout: SimpleNamespace) -> SimpleNamespace:
         basis=None if layout.mix == 1 else _meta(channels // layout.mix, layout.mix, layout.mix),
         dct=_meta(frequencies, frequencies),
     )
-    return SimpleNamespace(change=change, width=rows, start=rows, deviation=_meta(channels * frequencies))
+    deviation = _meta(channels * frequencies)
+    return SimpleNamespace(change=change, width=rows, start=rows, deviation=deviation, encoding=None, decoding=None)
 
 
 def _records(layout: SimpleNamespace) -> torch.Tensor:

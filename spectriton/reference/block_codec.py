@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -211,6 +211,8 @@ class Plan(NamedTuple):
         deviation: ``(R,)`` float32 that their quantisers take them to have.
         narrow: how many of the first rows have one bit, and how many have two, where the host knows.
         kept: ``(F,)`` int64 frequencies at which some component has bits; None for all.
+        encoding, decoding: what the passes over the blocks take of all this, where a backend has made it ready; it does
+            not depend on the means. What they do not take besides may be empty then.
     """
 
     change: Transform
@@ -220,6 +222,21 @@ class Plan(NamedTuple):
     deviation: Tensor
     narrow: tuple[int, int] = (0, 0)
     kept: Tensor | None = None
+    encoding: Any = None
+    decoding: Any = None
+
+
+def channel_means(x: Tensor, layout: BlockLayout) -> Tensor:
+    """The mean of each channel ``(C,)``, NaN throughout groups with values that are not finite."""
+    mean = x.mean((0, 2, 3), dtype=torch.float32)
+    return _without_groups(mean, mean, layout)
+
+
+def _without_groups(mean: Tensor, finite: Tensor, layout: BlockLayout) -> Tensor:
+    """``mean`` of each channel, NaN throughout groups in which ``finite`` is not."""
+    channels, missing = mean.numel(), layout.components - mean.numel()
+    mean, finite = ((functional.pad(t, (0, missing)) if missing else t).view(layout.groups, -1) for t in (mean, finite))
+    return torch.add(mean, finite.sum(1, keepdim=True), alpha=0).view(-1)[:channels]
 
 
 def fit(x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +245,7 @@ def fit(x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor,
     Means are those of all images, what else is needed comes from some of them, evenly spread.
     """
     channels, groups, mix = x.shape[1], layout.groups, layout.mix
-    mean = x.sum((0, 2, 3), dtype=torch.float32) / (x.numel() // channels)
+    mean = x.mean((0, 2, 3), dtype=torch.float32)
     sample = x[:: max(1, layout.blocks // _SAMPLE_BLOCKS)]
     sampled = layout._replace(shape=(sample.shape[0], *layout.shape[1:]))
     parts = [maps_of(sample, sampled, part) for part in regions(sampled, workspace)]
@@ -249,8 +266,7 @@ def fit(x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor,
     inverse = _inverse(deviation)
     scale = size * deviation.reshape(-1)[:channels]
     # One value that is not a number leaves nothing of its group.
-    padded = functional.pad(mean + scale, (0, layout.components - channels)).view(groups, mix)
-    mean = mean + (0 * padded.sum(1, keepdim=True)).expand(groups, mix).reshape(-1)[:channels]
+    mean = _without_groups(mean, mean + scale, layout)
     change = Transform(mean, _inverse(scale), scale, None, change.dct)
     basis = torch.empty(0, dtype=torch.int8, device=x.device)
     if mix > 1:
@@ -588,6 +604,22 @@ def read_fields(records: Tensor, plan: Plan, spare: int = 0) -> Tensor:
     return values
 
 
+def encoding_tables(plan: Plan, layout: BlockLayout) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """``(R,)`` rows that are coded, in the order in which :func:`transform` gives them, and :func:`field_bits`."""
+    frequencies = _kept(plan, layout)
+    component, frequency = plan.rows // frequencies.numel(), frequencies[plan.rows % frequencies.numel()]
+    row, place = field_bits(plan, layout.record)
+    return (frequency * _transformed(plan, layout) + component).int(), (row.int(), place)
+
+
+def decoding_tables(plan: Plan, layout: BlockLayout) -> Tensor:
+    """For each (component, kept frequency) its number among the coded rows."""
+    # Where there are no bits the spare row is read.
+    row = plan.rows.new_full((_transformed(plan, layout) * _kept(plan, layout).numel(),), plan.rows.numel())
+    row[plan.rows] = torch.arange(plan.rows.numel(), device=row.device)
+    return row.int()
+
+
 def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | None, workspace: int) -> Tensor:
     """The records ``(N, L)`` of maps ``x`` ``(B, C, H, W)``, any strides.
 
@@ -598,10 +630,7 @@ def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | Non
         seed: of stochastic rounding, 0-dimensional int64; by default cells are rounded to the nearest.
         workspace: bound on temporaries in bytes.
     """
-    bits = field_bits(plan, layout.record)
-    frequencies = _kept(plan, layout)
-    component, frequency = plan.rows // frequencies.numel(), frequencies[plan.rows % frequencies.numel()]
-    rows = frequency * _transformed(plan, layout) + component
+    rows, bits = plan.encoding or encoding_tables(plan, layout)
     records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8, device=x.device)
     # Noise takes as much again.
     for part in regions(layout, workspace if seed is None else workspace // 2):
@@ -616,15 +645,14 @@ def encode_blocks(x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | Non
 
 def decode_blocks(records: Tensor, layout: BlockLayout, plan: Plan, out: Tensor, workspace: int) -> Tensor:
     """Writes the maps ``out`` ``(B, C, H, W)`` of records ``(N, L)``, and returns them. In float16 they saturate."""
-    kept, components = _kept(plan, layout), _transformed(plan, layout)
-    # Where there are no bits the spare row is read.
-    row = plan.rows.new_full((components * kept.numel(),), plan.rows.numel())
-    row[plan.rows] = torch.arange(plan.rows.numel(), device=row.device)
-    change = plan.change._replace(dct=plan.change.dct[kept])
+    row = decoding_tables(plan, layout) if plan.decoding is None else plan.decoding
+    change = plan.change
+    if plan.kept is not None:
+        change = change._replace(dct=change.dct[plan.kept])
     for part in regions(layout, workspace):
         target, own = maps_of(out, layout, part), records[part.n0 : part.n1]
         coefficients = read_fields(own, plan, spare=1).index_select(0, row)
-        transform_back(coefficients.view(components, kept.numel(), -1), layout, change, target)
+        transform_back(coefficients.view(-1, change.dct.shape[0], coefficients.shape[1]), layout, change, target)
     return out
 
 

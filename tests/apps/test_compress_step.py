@@ -15,7 +15,7 @@ import spectriton
 from bench import compress_step, step_traffic
 from bench.compress_step import EXACT, ROWS, largest
 from bench.step_traffic import Machine, Operation, Traffic, counting, seconds_of
-from spectriton import memory
+from spectriton import _plans, memory
 from spectriton.codec import BlockCodec
 from spectriton.reference.block_codec import block_layout
 
@@ -129,6 +129,23 @@ def test_compressed_maps_are_encoded_and_decoded_as_documented():
     parts = traffic.parts()
     assert {"statistics of the codec", "encoding", "decoding", "batch norm and ReLU, again"} <= set(parts)
     assert sum(part.nbytes for part in parts.values()) == traffic.nbytes
+
+
+def test_a_step_between_statistics_has_few_operations(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_plans, "is_due", lambda use, refresh: use == 1)
+    traffic = Traffic()
+    with counting(traffic):
+        step = step_of(spectriton.compress(tiny(), bits=8))
+        for _ in range(3):
+            counts = len(traffic.operations)
+            step()
+        counts = len(traffic.operations) - counts
+        traffic.operations = traffic.operations[-counts:]
+    parts = {name: sorted(o.name for o in part.operations) for name, part in traffic.parts().items()}
+    # The means, NaN for groups that are not finite; room for the records.
+    assert parts["statistics of the codec"] == ["add", "mean", "sum"]
+    assert parts["encoding"] == ["encode_blocks", "zeros"]
+    assert set(parts["decoding"]) == {"decode_blocks"} and "tables of the codec" not in parts
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -251,6 +268,9 @@ def test_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     exact, compressed = found[EXACT], found["compress 4 bits"]
     assert compressed["read_bytes"] > exact["read_bytes"] and compressed["device_seconds"] > exact["device_seconds"]
     assert compressed["saved_bytes"] < exact["saved_bytes"]
+    assert (
+        compressed["first_operations"] > 2 * compressed["operations"] > exact["operations"] == exact["first_operations"]
+    )
     assert "device_seconds" not in found["exact fp32"]
     assert sum(m["encoded"] for m in compressed["maps"]) > 0
     assert sum(p["operations"] for p in compressed["parts"].values()) == compressed["operations"]

@@ -164,6 +164,20 @@ def test_what_is_not_finite_spoils_its_group_only(device, monkeypatch):
         assert (out - x)[:, kept].norm() < 1.01 * (expected - x)[:, kept].norm()
 
 
+@pytest.mark.parametrize(("shape", "rate", "mix"), [CASES[0], SHARED_BYTES])
+def test_tables_that_are_ready_change_nothing(shape, rate, mix, device):
+    given, runs = coded(shape, rate, mix, device), TritonBackend()
+    ready = runs.ready_plan(given.plan, given.layout)
+    # Of what the kernels do not take nothing stays.
+    assert ready.width.numel() == ready.start.numel() == ready.rows.numel() == 0
+    records, again = (runs.encode_blocks(given.x, given.layout, p, None, WORKSPACE) for p in (given.plan, ready))
+    assert torch.equal(records, again)
+    maps, again = (
+        runs.decode_blocks(records, given.layout, p, torch.empty_like(given.x), WORKSPACE) for p in (given.plan, ready)
+    )
+    assert torch.equal(maps, again)
+
+
 def test_slices_that_share_a_byte(device):
     """Two in the case of 66 channels, all four here."""
     given = coded(*SHARED_BYTES, device)

@@ -53,7 +53,7 @@ class CompressedConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _differentiable(input, weight, bias):
             return _constant(super()._conv_forward(input, weight, bias))
-        recipe = recipe_of(input, self.codec) if weight.requires_grad else None
+        recipe = recipe_of(input, self.codec, self) if weight.requires_grad else None
         y: Tensor = functions.Convolution.apply(input, weight, bias, recipe, self)
         return y
 
@@ -79,7 +79,7 @@ class CompressedBatchNorm2d(nn.BatchNorm2d):
         running = (self.running_mean, self.running_var) if updates or not of_batch else (None, None)
         weight_needed = weight is not None and weight.requires_grad
         needed = weight_needed or (of_batch and input.requires_grad)
-        recipe = recipe_of(input, self.codec) if needed else known_recipe(input)
+        recipe = recipe_of(input, self.codec, self) if needed else known_recipe(input)
         y, mean, invstd = functions.BatchNorm.apply(
             input, weight, bias, recipe if needed else None, running, of_batch, momentum, self.eps
         )
@@ -110,7 +110,7 @@ class _Rectifier(nn.Module):
         if not _differentiable(input):
             return _constant(super().forward(input))
         rectifier = self._rectifier()
-        recipe = recipe_of(input, self.codec, overwritten=self.inplace)
+        recipe = recipe_of(input, self.codec, self, overwritten=self.inplace)
         channels_last = is_channels_last(input)
         y, outside = functions.Rectify.apply(input, rectifier, self.inplace)
         leave_note(y, functions.rectified(recipe, rectifier, outside, channels_last))
@@ -153,7 +153,7 @@ class _Activation(nn.Module):
             return _constant(super().forward(input))
         function, derivative = self._function()
         inplace = bool(getattr(self, "inplace", False))
-        recipe = recipe_of(input, self.codec, overwritten=inplace)
+        recipe = recipe_of(input, self.codec, self, overwritten=inplace)
         y: Tensor = functions.Activate.apply(input, recipe, function, derivative, inplace)
         leave_note(y, Derived(recipe, partial(_apply, function)))
         return y

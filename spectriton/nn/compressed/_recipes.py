@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from spectriton.codec import Codec, Encoded
@@ -291,12 +291,13 @@ def known_recipe(x: Tensor) -> Recipe | None:
     return None if note is None else note.recipe
 
 
-def recipe_of(x: Tensor, codec: Codec, *, overwritten: bool = False) -> Recipe:
+def recipe_of(x: Tensor, codec: Codec, module: nn.Module, *, overwritten: bool = False) -> Recipe:
     """The recipe of maps ``(B, C, H, W)``; where there is none, they are encoded now, once for all who will ask.
 
     Args:
         x: maps. Inputs of the network are not encoded: whoever computed them has them still.
         codec: what encodes.
+        module: the one that asks.
         overwritten: ``x`` will be changed in place.
     """
     note = _note(x)
@@ -306,8 +307,8 @@ def recipe_of(x: Tensor, codec: Codec, *, overwritten: bool = False) -> Recipe:
     is_input = x.is_leaf and note is None
     if is_input or not x.numel():
         return Exact(x.detach().clone() if overwritten else x if x.is_leaf else x.detach())
-    if x.shape[-2] * x.shape[-1] < SMALLEST_MAP:
-        codec = codec.for_small_maps()
+    small = x.shape[-2] * x.shape[-1] < SMALLEST_MAP
+    codec = codec.for_small_maps() if small else codec.for_module(module)
     with torch.no_grad(), without_autocast(x.device):
         stored = Stored(codec.encode(x.detach()))
     leave_note(x, stored)
