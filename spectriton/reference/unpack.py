@@ -13,7 +13,7 @@ from spectriton.reference.pattern import (
     filled_rows,
     half_positions,
     part_positions,
-    per_row,
+    repeated,
     row_index,
     row_pattern,
 )
@@ -47,7 +47,7 @@ def read_values(values: Tensor, scales: Tensor, pattern: RowPattern, tile_scales
         stored = stored - ((stored & 8) << 1)
     stored = stored.to(dtype)
     if scales.numel():
-        stored *= torch.repeat_interleave(tile_scales.flatten().to(dtype), pattern.counts.flatten())[:, None]
+        stored.view(-1).mul_(repeated(tile_scales.to(dtype), 2 * pattern.counts))
     return stored
 
 
@@ -110,7 +110,7 @@ def unpack_planes(
     tile_scales = scales[:, t0:t1] if scales.numel() else scales
     kept = read_values(values, scales, pattern, tile_scales, out.dtype)
     if row_scale is not None:
-        kept = kept * per_row(row_scale.to(kept.dtype), pattern)[:, None]
+        kept = kept * repeated(row_scale.to(kept.dtype), 2 * pattern.counts.sum(1)).view(-1, 2)
     half = torch.view_as_complex(out).view(count, -1)
     half.zero_()
     # Straight to its place in its plane: only what is kept moves, and nothing dense is transposed.
