@@ -177,7 +177,7 @@ def quantise(kept: Tensor, counts: Tensor, dtype: torch.dtype, noise: Tensor | N
     levels = 127 if dtype == torch.int8 else 7
     counts = 2 * counts  # of parts
     peak = _peaks(kept.abs().view(-1), counts.view(-1))
-    peak[~peak.isfinite()] = torch.nan
+    peak = torch.where(peak.isfinite(), peak, torch.nan)
     # Not subnormal, so that it has an inverse.
     scale = (peak / levels).to(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny)
     # Factors are spelt out: of a pair by one of them torch makes little more than an element at a time.

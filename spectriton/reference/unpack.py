@@ -39,6 +39,15 @@ def take_values(values: Tensor, places: slice | Tensor) -> Tensor:
     return values.view(pair).view(-1).index_select(0, places).view(values.dtype).view(-1, 2)
 
 
+def put_values(values: Tensor, places: slice | Tensor, new: Tensor) -> None:
+    """``values[places] = new`` of stored values, which :func:`take_values` gives back."""
+    pair = _PAIR.get(values.dtype)
+    if isinstance(places, slice) or pair is None:
+        values[places] = new
+    else:  # several times as fast as by rows of two
+        values.view(pair).view(-1).scatter_(0, places, new.view(pair).view(-1))
+
+
 def read_values(values: Tensor, scales: Tensor, pattern: RowPattern, tile_scales: Tensor, dtype: torch.dtype) -> Tensor:
     """``(n, 2)`` values of a pattern in precision ``dtype``; ``tile_scales`` are the scales of its tiles."""
     stored = take_values(values, pattern.slots)
