@@ -40,7 +40,7 @@ from spectriton.ops.spectral_activation import spectral_activation
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge
 from spectriton.reference import RowPattern
 from spectriton.reference.spectral_activation import activate, activate_backward_input
-from spectriton.reference.unpack import read_values, take_values
+from spectriton.reference.unpack import put_values, read_values, take_values
 
 
 class _Chunk:
@@ -110,7 +110,9 @@ class _KeptChunk(_Chunk):
 
     def spread(self, table: Tensor) -> Tensor:
         whole = table.expand(self.rows.numel(), -1).reshape(-1)
-        return whole.index_select(0, self._pattern.positions)[:, None]
+        of_kept = whole.index_select(0, self._pattern.positions)
+        # For both parts: a product of pairs by single numbers takes torch several times as long.
+        return torch.view_as_real(torch.complex(of_kept, of_kept))
 
     def by_place(self, numbers: Tensor) -> Tensor:
         out = numbers.new_zeros(self.rows.numel(), self._walk.sizes.padded_row)
@@ -124,10 +126,10 @@ class _KeptChunk(_Chunk):
     def store(self, numbers: Tensor, values: Tensor, scales: Tensor) -> None:
         if scales.numel():
             numbers, scales[self.rows] = reference.quantise(numbers, self._pattern.counts, values.dtype)
-        values[self._pattern.slots] = numbers.to(values.dtype)
+        put_values(values, self._pattern.slots, numbers.to(values.dtype))
 
     def put(self, numbers: Tensor, grad: Tensor) -> None:
-        grad[self._pattern.slots] = numbers
+        put_values(grad, self._pattern.slots, numbers)
 
 
 class _Walk:

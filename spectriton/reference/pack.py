@@ -10,6 +10,7 @@ from spectriton.reference.pattern import (
     RowPattern,
     channel_of,
     from_bits,
+    repeated,
     row_index,
     row_pattern,
     tile_counts,
@@ -174,21 +175,30 @@ def quantise(kept: Tensor, counts: Tensor, dtype: torch.dtype, noise: Tensor | N
     a NaN scale: what is not a number stays visible.
     """
     levels = 127 if dtype == torch.int8 else 7
-    tile_of = torch.repeat_interleave(torch.arange(counts.numel(), device=kept.device), counts.flatten())
-    largest = kept.abs().amax(-1)
-    peak = torch.zeros(counts.numel(), dtype=kept.dtype, device=kept.device)
-    peak.scatter_reduce_(0, tile_of, largest, "amax")
-    peak[~peak.isfinite()] = torch.nan
+    counts = 2 * counts  # of parts
+    peak = _peaks(kept.abs().view(-1), counts.view(-1))
+    peak = torch.where(peak.isfinite(), peak, torch.nan)
     # Not subnormal, so that it has an inverse.
     scale = (peak / levels).to(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny)
-    inverse = 1 / scale.to(kept.dtype)
-    steps = kept * inverse[tile_of][:, None]
+    # Factors are spelt out: of a pair by one of them torch makes little more than an element at a time.
+    steps = repeated(1 / scale.to(kept.dtype), counts).view(-1, 2).mul_(kept)
     steps = steps.round_() if noise is None else steps.add_(noise).floor_()
     levels_of = steps.nan_to_num_(0).clamp_(-levels, levels).to(torch.int8)
     if dtype == torch.uint8:
         nibbles = levels_of.view(torch.uint8) & 15
         levels_of = nibbles[:, 0] | (nibbles[:, 1] << 4)
     return levels_of, scale.view_as(counts)
+
+
+def _peaks(sizes: Tensor, counts: Tensor) -> Tensor:
+    """The largest of each run of ``counts`` numbers that are not negative; 0 of an empty one."""
+    peak = sizes.new_zeros(counts.numel())
+    if sizes.device.type == "cpu":
+        filled = np.flatnonzero(counts.numpy())
+        starts = (torch.cumsum(counts, 0) - counts).numpy()[filled]
+        peak.numpy()[filled] = np.maximum.reduceat(sizes.numpy(), starts) if filled.size else 0
+        return peak
+    return peak.scatter_reduce_(0, repeated(torch.arange(counts.numel(), device=sizes.device), counts), sizes, "amax")
 
 
 def gather_rows(

@@ -126,12 +126,16 @@ def slots(counts: NDArray[np.int64], starts: NDArray[np.int64], ordered: bool = 
     return torch.from_numpy(np.arange(count) + np.repeat(shift, counts))
 
 
+def repeated(values: Tensor, counts: Tensor) -> Tensor:
+    """Each entry of ``values`` as often as ``counts``, of as many elements, says: ``(counts.sum(),)``."""
+    if values.device.type == "cpu":  # several times as fast
+        return torch.from_numpy(np.repeat(values.numpy().ravel(), counts.numpy().ravel()))
+    return torch.repeat_interleave(values.flatten(), counts.flatten())
+
+
 def per_row(values: Tensor, pattern: RowPattern) -> Tensor:
     """``(n,)``: for each coefficient of a pattern the entry of ``values`` ``(Fc,)`` of its row."""
-    counts = pattern.counts.sum(1)
-    if values.device.type == "cpu":  # several times as fast
-        return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
-    return torch.repeat_interleave(values, counts, output_size=pattern.positions.numel())
+    return repeated(values, pattern.counts.sum(1))
 
 
 def half_positions(pattern: RowPattern, padded: int, index: Tensor, half_size: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spectriton.reference.pack import gather_rows, quantise
 from spectriton.reference.pattern import RowPattern, row_pattern
+from spectriton.reference.unpack import put_values
 
 
 def store_rows(
@@ -40,4 +41,4 @@ def store_rows(
     if scales.numel():
         kept, tile_scales = quantise(kept, pattern.counts, values.dtype)
         scales[rows, tiles] = tile_scales
-    values[pattern.slots] = kept.to(values.dtype)
+    put_values(values, pattern.slots, kept.to(values.dtype))
