@@ -31,9 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectriton import _check, distributed
+from spectriton import _check, distributed, ops
 from spectriton.budget import BudgetController
 from spectriton.images import Images
+from spectriton.nn.transform import PackedOutput
 
 OPTIMIZERS = ("sgd", "adam")
 AMP_MODES = ("none", "bf16")
@@ -360,15 +361,21 @@ def training_step(
     Returns:
         Mean cross entropy and number of right answers, 0-dimensional tensors on the device (not waited for).
     """
-    optimizer.zero_grad(set_to_none=True)
-    with _autocast(inputs.device, amp):
-        scores = model(inputs)
-        loss = functional.cross_entropy(scores, labels)
-    right = (scores.detach().argmax(1) == labels).sum()
-    del scores
-    loss.backward(torch.full_like(loss, weight))
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        with _autocast(inputs.device, amp):
+            scores = model(inputs)
+            loss = functional.cross_entropy(scores, labels)
+        right = (scores.detach().argmax(1) == labels).sum()
+        del scores
+        loss.backward(torch.full_like(loss, weight))
+        return loss.detach(), right
+
+    packs = inputs.is_cuda and any(isinstance(module, PackedOutput) for module in model.modules())
+    loss, right = ops.run_ahead(gradients, model) if packs else gradients()
     optimizer.step()
-    return loss.detach(), right
+    return loss, right
 
 
 def evaluate(

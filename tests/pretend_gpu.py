@@ -171,6 +171,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         patch.setattr(cuda, "get_device_capability", lambda *args: (9, 0))
         patch.setattr(cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(cuda, "Event", _Event)
+        patch.setattr(cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
+        patch.setattr(cuda, "set_rng_state", lambda state, device=None: None)
         patch.setattr(cuda, "current_stream", lambda *args: None)
         patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
         patch.setattr(_launch.Launch, "run", _run)

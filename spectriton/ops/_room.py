@@ -218,8 +218,9 @@ def run_ahead(step: Callable[[], T], *modules: nn.Module) -> T:
 
     Args:
         step: may be called twice: clears the gradients that it adds to, changes no parameters, and nothing else but
-            buffers of ``modules``.
-        modules: whose buffers (running statistics) are put back before ``step`` is called again.
+            buffers of ``modules`` and torch's random generators.
+        modules: whose buffers (running statistics) are put back before ``step`` is called again, as the generators of
+            the host and of the devices of ``modules`` are.
 
     Returns:
         What ``step`` returned. Of several processes each would repeat by itself while others wait for its gradients;
@@ -236,6 +237,9 @@ def run_ahead(step: Callable[[], T], *modules: nn.Module) -> T:
         return step()
     buffers = [buffer for module in modules for buffer in module.buffers()]
     before = [buffer.clone() for buffer in buffers]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    drawn, drawn_there = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
     try:
         with deferred_packing():
             return step()
@@ -243,4 +247,7 @@ def run_ahead(step: Callable[[], T], *modules: nn.Module) -> T:
         with torch.no_grad():
             for buffer, earlier in zip(buffers, before, strict=True):
                 buffer.copy_(earlier)
+    torch.set_rng_state(drawn)
+    for device, state in drawn_there.items():
+        torch.cuda.set_rng_state(state, device)
     return step()

@@ -13,6 +13,7 @@ from torch.nn import functional
 import spectriton
 from spectriton import nn as snn
 from spectriton import ops
+from spectriton.train import training_step
 from tests import pretend_gpu
 
 pytestmark = [
@@ -107,6 +108,26 @@ def test_host_that_does_not_wait(gpu: torch.device):
         return ops.run_ahead(lambda: step(there, images, labels), there)
 
     compare(net, gpu, 0.02, run)
+
+
+def test_training_runs_ahead(gpu: torch.device, monkeypatch: pytest.MonkeyPatch):
+    """Where there is something to be packed."""
+    run_ahead, ahead = ops.run_ahead, []
+
+    def noted(step: Callable[[], object], *modules: nn.Module) -> object:
+        ahead.append(modules)
+        return run_ahead(step, *modules)
+
+    monkeypatch.setattr(ops, "run_ahead", noted)
+    monkeypatch.setenv("SPECTRITON_BACKEND", "reference")
+    images, labels = torch.randn(2, 3, 8, 8, device=gpu), torch.tensor([0, 3], device=gpu)
+    packs, plain = small().to(gpu), nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).to(gpu)
+    for net in (packs, plain):
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        first, _ = training_step(net, optimizer, images, labels)
+        later = [training_step(net, optimizer, images, labels)[0] for _ in range(3)][-1]
+        assert later < first
+    assert ahead == [(packs,)] * 4
 
 
 @pytest.mark.parametrize("kind", ["reference", "triton"])

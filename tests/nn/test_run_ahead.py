@@ -198,6 +198,19 @@ def test_nothing_is_lost_where_the_density_jumps(device: torch.device, monkeypat
     torch.testing.assert_close(found, [step(), *state(net)], rtol=1e-4, atol=1e-4)
 
 
+def test_a_repeated_step_draws_the_same_numbers():
+    """Dropout, say, does not depend on whether there was room."""
+    drawn = []
+
+    def step() -> None:
+        drawn.append(torch.rand(3))
+        if len(drawn) == 1:
+            raise ops.PackingOverflow("as where something does not fit")
+
+    ops.run_ahead(step, nn.Linear(1, 1))
+    assert len(drawn) == 2 and torch.equal(*drawn)
+
+
 def test_an_overflow_is_said_and_learnt_from(device: torch.device):
     _, step_of = jump(device)
     with pytest.raises(ops.PackingOverflow, match="room"), ops.deferred_packing():
