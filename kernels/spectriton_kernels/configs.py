@@ -325,7 +325,8 @@ REBUILD = Tunable("rebuild", ("rows", "columns"), _STREAMS, _stream)
 # Of the maxima, or of the maps for their gradient: rows and columns of memory, then the window.
 _POOLED_SIZES = ("rows", "columns", "window rows", "window columns")
 _POOLS = tuple(Stream(*numbers) for numbers in ((2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8)))
-POOL_MAXIMA = Tunable("pool_maxima", _POOLED_SIZES, _POOLS, lambda dtypes, sizes: Stream(4096, 4))
+# its loads do not wait for one another: the more values a thread has, the more registers they take at once
+POOL_MAXIMA = Tunable("pool_maxima", _POOLED_SIZES, _POOLS, lambda dtypes, sizes: Stream(2048, 4))
 SPREAD_MAXIMA = Tunable("spread_maxima", _POOLED_SIZES, _POOLS, lambda dtypes, sizes: Stream(4096, 4))
 
 TUNABLES: dict[str, Tunable[Any]] = {

@@ -123,9 +123,12 @@ def pool_maxima_kernel(
     p_x = x_ptr + image.to(tl.int64) * stride_b + channel.to(tl.int64) * stride_c
     o_out = i_row.to(tl.int64) * columns + i_column
     WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    b_code = tl.full([BLOCK_R, BLOCK_C], -1, dtype=tl.int32)
     if AGAIN:
         b_code = load_codes(codes_ptr, o_out, m_out, BITS)
+    else:
+        # the first position within the maps counts even if nothing is above minus infinity
+        first = tl.cdiv(tl.maximum(-y, 0), DILATION_H) * KERNEL_W + tl.cdiv(tl.maximum(-x, 0), DILATION_W)
+        b_code = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.int32) + first
     b_best = tl.full(
         [BLOCK_R, BLOCK_C], float("-inf"), tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
@@ -138,8 +141,8 @@ def pool_maxima_kernel(
         if AGAIN:
             b_best = tl.where(b_code == position, b_x, b_best)
         else:
-            # the first within the maps counts even if there is nothing above minus infinity
-            m_take = m_in & ((b_code < 0) | (b_x > b_best) | (b_x != b_x))
+            # what is outside was read as minus infinity, which is above nothing
+            m_take = (b_x > b_best) | (b_x != b_x)
             b_best = tl.where(m_take, b_x, b_best)
             b_code = tl.where(m_take, position, b_code)
     tl.store(out_ptr + o_out, convert(b_best, out_ptr), mask=m_out)

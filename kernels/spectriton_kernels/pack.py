@@ -173,15 +173,16 @@ def pack_rows_kernel(
     start = first + tl.cumsum(n_kept, axis=0) - n_kept
     tl.store(offsets_ptr + i_tile, start.to(tl.int32), mask=m_tile)
 
+    b_rank = tl.cumsum(b_kept, axis=1) - b_kept
+    n_room = tl.minimum(tl.maximum(capacity - start, 0), TILE).to(tl.int32)
+    m_pair = m_kept & (b_rank < n_room[:, None])
+
     if HAS_SCALE:
         b_re = b_scale * activate(b_re / b_scale, KIND)
         b_im = b_scale * activate(b_im / b_scale, KIND)
     else:
         b_re = activate(b_re, KIND)
         b_im = activate(b_im, KIND)
-    b_rank = tl.cumsum(b_kept, axis=1) - b_kept
-    n_room = tl.minimum(tl.maximum(capacity - start, 0), TILE).to(tl.int32)
-    m_pair = m_kept & (b_rank < n_room[:, None])
     store_pairs(values_ptr, scales_ptr, key_ptr, i_tile, m_tile, start, b_rank, m_kept, m_pair, b_re, b_im, STOCHASTIC)
 
     if first + n_all > capacity:
