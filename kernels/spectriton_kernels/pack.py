@@ -173,6 +173,7 @@ def pack_rows_kernel(
     start = first + tl.cumsum(n_kept, axis=0) - n_kept
     tl.store(offsets_ptr + i_tile, start.to(tl.int32), mask=m_tile)
 
+    # ranks before activation, whose results would wait for them in registers
     b_rank = tl.cumsum(b_kept, axis=1) - b_kept
     n_room = tl.minimum(tl.maximum(capacity - start, 0), TILE).to(tl.int32)
     m_pair = m_kept & (b_rank < n_room[:, None])
