@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from apps_standins import made_up_data, run_and_kill, tiny_network
 
+from bench import networks_accuracy
 from spectriton import cli, report
 from spectriton import sweep as sw
 from spectriton.compare import CompareConfig
@@ -297,3 +298,21 @@ def test_sweep_on_digits_from_the_command(
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--thresholds", "0.5;1", "--out", str(tmp_path)])
     assert "give --thresholds 0.5,1,1.5" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_models")
+def test_the_bench_stops_in_time_and_goes_on(
+    data: ImageData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.setattr(CompareConfig, "load_data", lambda config: data)
+    command = ["networks_accuracy", "--out", str(tmp_path), "--models", "lenet", "--epochs", "2", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [*command, "--batch-size", "16", "--seconds", "0"])
+    networks_accuracy.main()
+    assert "out of time" in capsys.readouterr().out and not (tmp_path / "sweep.md").exists()
+    monkeypatch.setattr("sys.argv", [*command, "--batch-size", "16"])
+    networks_accuracy.main()
+    output = capsys.readouterr()
+    assert "| lenet | 0.03 | 1 |" in output.out and "goes on after" in output.out + output.err
