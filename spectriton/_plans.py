@@ -19,7 +19,7 @@ from spectriton._backend import backend
 from spectriton.reference import block_codec
 from spectriton.reference.block_codec import BlockLayout, Plan
 
-__all__ = ["KeptPlan", "Place", "Plans"]
+__all__ = ["KeptPlan", "Place", "Plans", "in_backward"]
 
 #: Uses of a module between two backward passes that have a place of their own; later ones take statistics of their own.
 MOST_USES = 8

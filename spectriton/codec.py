@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spectriton import reference
 from spectriton._backend import backend, workspace_bytes
 from spectriton._check import check_choice, check_real_maps, check_threshold, fail
-from spectriton._plans import KeptPlan, Place, Plans
+from spectriton._plans import KeptPlan, Place, Plans, in_backward
 from spectriton.ops import to_spatial, to_spectral
 from spectriton.ops._arguments import check_rounding, check_rule, check_seed, check_workspace
 from spectriton.packed import PackedSpectrum, make_edge
@@ -323,7 +323,7 @@ class Allotment:
     def rate(self, size: int, budget: float) -> float:
         """Bits per value for maps of ``size`` values an image, ``budget`` on average."""
         # What checkpointing computes again in backward must get what it got the first time.
-        if torch._C._current_graph_task_id() < 0:
+        if not in_backward():
             self.settled = self.complete
             if self.settled and size not in self.counts:
                 # Images of another size than before.
@@ -334,7 +334,7 @@ class Allotment:
 
     def note_decoding(self) -> None:
         """Backward begins: all sizes are known."""
-        self.complete = self.complete or torch._C._current_graph_task_id() >= 0
+        self.complete = self.complete or in_backward()
 
     def rates(self, budget: float) -> dict[int, float]:
         """Bits per value by size, for all sizes met so far."""

@@ -98,7 +98,8 @@ KINDS = [("reference", case) for case in BLOCKS] + [("triton", "paper"), ("trito
 @pytest.mark.parametrize(("kind", "case"), KINDS)
 def test_blocks(kind: str, case: str, gpu: torch.device, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SPECTRITON_BACKEND", kind)
-    compare(small(**BLOCKS[case]), gpu, 0.02)
+    # A coefficient more or less that is nearly at the threshold, or rounded the other way.
+    compare(small(**BLOCKS[case]), gpu, 0.02 if "value_dtype" in BLOCKS[case] else 2e-3)
 
 
 def test_host_that_does_not_wait(gpu: torch.device):
@@ -107,7 +108,7 @@ def test_host_that_does_not_wait(gpu: torch.device):
     def run(there: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return ops.run_ahead(lambda: step(there, images, labels), there)
 
-    compare(net, gpu, 0.02, run)
+    compare(net, gpu, 2e-3, run)
 
 
 def test_training_runs_ahead(gpu: torch.device, monkeypatch: pytest.MonkeyPatch):
