@@ -1,7 +1,8 @@
-"""Which implementation of the primitives runs: the Triton kernels or the plain PyTorch reference.
+"""Which implementation of the primitives runs: the Triton kernels, the C functions or the plain PyTorch reference.
 
-``SPECTRITON_BACKEND`` says ``auto`` (the default: Triton on GPUs, the reference on the CPU), ``triton`` (also on the
-CPU, where it needs ``TRITON_INTERPRET=1``) or ``reference``. It is read at every call, so tests can change it.
+``SPECTRITON_BACKEND`` says ``auto`` (the default: Triton on GPUs; on the CPU C where there is a compiler, else the
+reference), ``triton`` (also on the CPU, where it needs ``TRITON_INTERPRET=1``), ``native`` (C; for CPU tensors, GPUs
+take the reference) or ``reference``. It is read at every call, so tests can change it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from spectriton.reference.pattern import channel_of
 from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.reference.rounding import noise_key
 from spectriton.reference.spectral_activation import activate_backward
+from spectriton.reference.transform import parts_of_maps, products
 from spectriton.reference.unpack import read_values, take_values
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "native", "reference")
 _MIB = 1 << 20
 
 
 def backend_name(device: torch.device) -> str:
-    """``"triton"`` or ``"reference"``: what runs on ``device``.
+    """``"triton"``, ``"native"`` or ``"reference"``: what runs on ``device``.
 
     Raises:
-        ValueError: ``SPECTRITON_BACKEND`` is set to something else than one of :data:`BACKENDS`, or to ``triton`` for
-            the CPU without the interpreter.
+        ValueError: ``SPECTRITON_BACKEND`` is set to something else than one of :data:`BACKENDS`, to ``triton`` for the
+            CPU without the interpreter, or to ``native`` where nothing could be compiled.
     """
     choice = os.environ.get("SPECTRITON_BACKEND", "auto")
     if choice not in BACKENDS:
@@ -40,13 +42,28 @@ def backend_name(device: torch.device) -> str:
             "unset it to let the device decide"
         )
     if choice == "auto":
-        return "triton" if device.type == "cuda" else "reference"
+        if device.type == "cuda":
+            return "triton"
+        return "native" if device.type == "cpu" and why_not_native() is None else "reference"
+    if choice == "native" and device.type != "cpu":
+        return "reference"
+    if choice == "native" and why_not_native() is not None:
+        raise ValueError(
+            f"spectriton: SPECTRITON_BACKEND got 'native', but {why_not_native()}; install a C compiler, or unset it"
+        )
     if choice == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             "spectriton: SPECTRITON_BACKEND got 'triton' for CPU tensors, expected a GPU or Triton's interpreter; "
             "set TRITON_INTERPRET=1 before anything imports triton"
         )
     return choice
+
+
+def why_not_native() -> str | None:
+    """Why the C functions cannot be had, or None where they can; the first time they are compiled."""
+    import spectriton_native  # not at import, which has no side effects
+
+    return spectriton_native.why_unavailable()
 
 
 def workspace_bytes(workspace: int | None, device: torch.device) -> int:
@@ -87,7 +104,12 @@ class Backend:
     pack_rows = staticmethod(reference.pack_rows)
     unpack_rows = staticmethod(reference.unpack_rows)
     gather_rows = staticmethod(reference.gather_rows)
+    compact_rows = staticmethod(reference.compact_rows)
+    to_format = staticmethod(reference.to_format)
     store_rows = staticmethod(reference.store_rows)
+    reorder = staticmethod(reference.reorder)
+    expand_parts = staticmethod(reference.expand_parts)
+    gather_parts = staticmethod(reference.gather_parts)
     unpack_planes = staticmethod(reference.unpack_planes)
     rows_of_maps = staticmethod(reference.rows_of_maps)
     rectify = staticmethod(bits.rectify)
@@ -152,7 +174,10 @@ class Backend:
         Not ``weighted``: the adjoint of maps to their stored coefficients.
         """
         if index is not None and reference.by_products(grid, out):
-            reference.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, out, index)
+            by = products(grid, reference.filled_rows(index), out.dtype)
+            parts = out.new_empty(by.rows.shape[0] * by.band, out.shape[0])
+            self.expand_parts(values, scales, bitmap, offsets, grid, t0, t1, weighted, by, parts, index)
+            reference.maps_from_parts(parts, by, out)
             return
         half = out.new_empty(out.shape[0], grid.height, grid.half_width, 2)
         # irfft2 counts a coefficient twice where its conjugate is not stored, which the adjoint does not.
@@ -173,7 +198,9 @@ class Backend:
     ) -> None:
         """Writes half of the adjoint of weighted :meth:`unpack_maps`, for maps ``(n, H, W)``, to ``out`` ``(N, 2)``."""
         if index is not None and reference.by_products(grid, maps):
-            reference.gather_maps(maps, bitmap, offsets, grid, t0, t1, out, index)
+            by = products(grid, reference.filled_rows(index), maps.dtype)
+            parts = parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
+            self.gather_parts(parts, bitmap, offsets, grid, t0, t1, by, out, index)
             return
         rows = self.rows_of_maps(maps, grid, (t1 - t0) * bitmap.shape[2] * 8)
         rows[grid.self_conjugate] *= 0.5
@@ -471,15 +498,15 @@ def _numbers(first: int, last: int, device: torch.device) -> Tensor:
     return torch.arange(first, last, device=device)
 
 
-_REFERENCE = Backend()
-_triton: TritonBackend | None = None
-
-
 def backend(device: torch.device) -> Backend:
     """The backend for tensors on ``device``."""
-    global _triton
-    if backend_name(device) == "reference":
-        return _REFERENCE
-    if _triton is None:
-        _triton = TritonBackend()
-    return _triton
+    return _made(backend_name(device))
+
+
+@lru_cache(maxsize=len(BACKENDS))
+def _made(name: str) -> Backend:
+    if name == "native":
+        from spectriton._native import NativeBackend  # it builds on this module
+
+        return NativeBackend()
+    return TritonBackend() if name == "triton" else Backend()

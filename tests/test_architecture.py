@@ -22,6 +22,7 @@ LAYER_OF = {
     "packed": "base",
     "reference": "reference",
     "_backend": "backend",
+    "_native": "backend",
     "tuning": "backend",
     "_mixing": "backend",
     "_plans": "ops",
@@ -82,7 +83,7 @@ MODULES |= {name.rpartition(".")[0] for name in MODULES if "." in name}
 def layer(module: str) -> str:
     """The layer of a module of the project."""
     parts = module.split(".")
-    if parts[0] == "spectriton_kernels":
+    if parts[0] in ("spectriton_kernels", "spectriton_native"):
         return "kernels"
     return LAYER_OF.get(parts[1] if len(parts) > 1 else "__init__", "application")
 

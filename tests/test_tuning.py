@@ -65,7 +65,7 @@ def test_the_backend_looks_configurations_up(monkeypatch):
     configs.set_lookup(None)
     assert chosen() == HEURISTIC
     monkeypatch.setenv("SPECTRITON_BACKEND", "auto")
-    monkeypatch.setattr(_backend, "_triton", None)
+    _backend._made.cache_clear()
     assert _backend.backend(DEVICE).name == "triton"
     assert chosen() == TUNED
 

@@ -19,8 +19,7 @@ from spectriton._counts import Counts, note_counts
 from spectriton.frequencies import frequency_grid
 from spectriton.ops._room import Expected, expect, is_deferred, take_down
 from spectriton.packed import QUANTISED, VALUE_DTYPES, Layout, layout, make_edge, most_kept
-from spectriton.reference.pattern import slots, tile_counts
-from spectriton.reference.unpack import take_values
+from spectriton.reference.pattern import tile_counts
 
 # Moduli are counted by the leading bits of their float32 pattern: bins of 0.2 % of the modulus.
 _HISTOGRAM_SHIFT = 14
@@ -58,7 +57,7 @@ def fake_packed(like: Tensor, dtype: torch.dtype, shape: Sequence[int], value_dt
 
 
 class Packer:
-    """A packed spectrum in the making: chunks go in, exactly sized tensors come out. By the reference.
+    """A packed spectrum in the making: chunks go in, exactly sized tensors come out.
 
     Args:
         sizes: the layout of the maps.
@@ -74,6 +73,7 @@ class Packer:
         self.sizes = sizes
         self.dtype = dtype
         self.seed = seed
+        self._primitives = backend(device)
         self.value_dtype = VALUE_DTYPES[value_dtype]
         self.bitmap = torch.zeros(sizes.bitmap_shape, dtype=torch.uint8, device=device)
         shape = (sizes.frequencies, sizes.tiles)
@@ -92,9 +92,10 @@ class Packer:
     ) -> None:
         """Threshold, activate and pack ``y`` ``(Fc, Tc * tile, 2)``: the frequencies ``rows``, tiles from ``t0`` on."""
         sizes = self.sizes
-        kept = reference.compact_rows(y, sizes.row, threshold, rows, t0, self.bitmap, kind, scale, sizes.channels)
+        primitives = self._primitives
+        kept = primitives.compact_rows(y, sizes.row, threshold, rows, t0, self.bitmap, kind, scale, sizes.channels)
         tiles = slice(t0, t0 + y.shape[1] // sizes.tile)
-        kept, scales = reference.to_format(kept, self.bitmap, rows, tiles, self.value_dtype, self.seed)
+        kept, scales = primitives.to_format(kept, self.bitmap, rows, tiles, self.value_dtype, self.seed)
         if scales is not None:
             self.scales[rows, tiles] = scales
         self._pieces.append(kept)
@@ -126,15 +127,9 @@ class Packer:
             running = np.cumsum(column)
             starts[:, tiles] = (running - column.ravel()).reshape(column.shape) + first
             first += int(running[-1])
-        out, first = torch.empty_like(values), 0
-        for rows in row_chunks(counts.shape[0], 16 * self.sizes.padded_row, 1 << 20):
-            places = slots(counts[rows].ravel(), starts[rows].ravel())
-            last = first + int(counts[rows].sum())
-            if isinstance(places, Tensor):
-                places = places.to(values.device)
-            out[first:last] = take_values(values, places)
-            first = last
-        return out
+        targets = np.cumsum(counts) - counts.ravel()
+        runs = (torch.from_numpy(numbers.ravel()) for numbers in (starts, counts, targets))
+        return self._primitives.reorder(values, *runs)
 
 
 class KernelPacker(Packer):
@@ -148,7 +143,6 @@ class KernelPacker(Packer):
         self, sizes: Layout, value_dtype: str, dtype: torch.dtype, device: torch.device, seed: Tensor | None = None
     ) -> None:
         super().__init__(sizes, value_dtype, dtype, device, seed)
-        self._primitives = backend(device)
         self._offsets = torch.zeros(sizes.frequencies, sizes.tiles, dtype=torch.int32, device=device)
         self._buffer = self._room(0)
         self._density = 0.5  # of the last chunk; a guess for the first
@@ -215,7 +209,6 @@ class RoomPacker(Packer):
         seed: Tensor | None = None,
     ) -> None:
         super().__init__(sizes, value_dtype, dtype, device, seed)
-        self._primitives = backend(device)
         self._expected = expected
         self._offsets = torch.zeros(sizes.frequencies, sizes.tiles, dtype=torch.int32, device=device)
         self._values = self._room(expected.kept)
@@ -319,7 +312,7 @@ class Histogram:
     """Counts of moduli, from which a threshold is taken that keeps a set fraction of the coefficients."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_host = backend(device).name == "reference"
+        self._on_host = backend(device).name != "triton"
         self._counts = torch.zeros((1 << (31 - _HISTOGRAM_SHIFT)) + 1, dtype=torch.int64, device=device)
 
     def add(self, y: Tensor) -> None:

@@ -15,11 +15,13 @@ from spectriton.reference.kernel_spectrum import (
     taps_matrix,
     taps_of_matrix,
 )
-from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise, to_format
+from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise, reorder, to_format
 from spectriton.reference.pattern import RowPattern, TileIndex, filled_rows, row_pattern, tile_index
 from spectriton.reference.rounding import ROUNDINGS, copy_in_range, make_seed, seed_of, stochastic_cast, uniform
 from spectriton.reference.spectral_activation import (
     ACTIVATIONS,
+    activate,
+    activate_backward,
     spectral_activation,
     spectral_activation_backward,
 )
@@ -34,13 +36,15 @@ from spectriton.reference.transform import (
     rows_of_maps,
     spread_rows,
 )
-from spectriton.reference.unpack import gather_maps, unpack_maps, unpack_planes, unpack_rows
+from spectriton.reference.unpack import expand_parts, gather_parts, maps_from_parts, unpack_planes, unpack_rows
 
 __all__ = [
     "ACTIVATIONS",
     "ROUNDINGS",
     "RowPattern",
     "TileIndex",
+    "activate",
+    "activate_backward",
     "by_products",
     "channel_mix",
     "compact_rows",
@@ -48,18 +52,21 @@ __all__ = [
     "complex_kernel_spectrum_adjoint",
     "complex_product",
     "copy_in_range",
+    "expand_parts",
     "filled_rows",
-    "gather_maps",
+    "gather_parts",
     "gather_rows",
     "kernel_spectrum",
     "kernel_spectrum_adjoint",
     "make_seed",
+    "maps_from_parts",
     "maps_of_half",
     "modulus",
     "pack_codes",
     "pack_rows",
     "planes_innermost",
     "quantise",
+    "reorder",
     "row_pattern",
     "rows_of_half",
     "rows_of_maps",
@@ -77,7 +84,6 @@ __all__ = [
     "to_format",
     "uniform",
     "unpack_codes",
-    "unpack_maps",
     "unpack_planes",
     "unpack_rows",
 ]

@@ -19,9 +19,12 @@ from spectriton.reference.pattern import (
 )
 from spectriton.reference.rounding import stochastic_cast, uniform
 from spectriton.reference.spectral_activation import activate
+from spectriton.reference.unpack import take_values
 
 # Moduli are made for so many coefficients at a time: what one step writes, the next finds in the cache.
 _MODULI = 1 << 16
+# Tiles whose values are moved at a time.
+_RUNS = 1 << 10
 
 
 def modulus(y: Tensor) -> Tensor:
@@ -199,6 +202,21 @@ def _peaks(sizes: Tensor, counts: Tensor) -> Tensor:
         peak.numpy()[filled] = np.maximum.reduceat(sizes.numpy(), starts) if filled.size else 0
         return peak
     return peak.scatter_reduce_(0, repeated(torch.arange(counts.numel(), device=sizes.device), counts), sizes, "amax")
+
+
+def reorder(values: Tensor, starts: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
+    """``values`` with the run of ``counts[i]`` that begins at ``starts[i]`` moved to ``targets[i]``.
+
+    These are ``(n,)`` int64. The runs take up all of it, here and there, and ``targets`` ascend.
+    """
+    out = torch.empty_like(values)
+    for first in range(0, counts.numel(), _RUNS):  # so that the places of few values stand beside them
+        part = slice(first, first + _RUNS)
+        of_part, begin = counts[part].numpy(), starts[part].numpy()
+        count, at = int(of_part.sum()), int(targets[first])
+        places = np.arange(count) + np.repeat(begin - (np.cumsum(of_part) - of_part), of_part)
+        out[at : at + count] = take_values(values, torch.from_numpy(places).to(values.device))
+    return out
 
 
 def gather_rows(

@@ -228,7 +228,8 @@ def test_bad_input(call, kind: type[Exception], text: str):
 
 def test_unknown_backend(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SPECTRITON_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="SPECTRITON_BACKEND got 'cuda', expected one of auto, triton, reference"):
+    expected = "SPECTRITON_BACKEND got 'cuda', expected one of auto, triton, native, reference"
+    with pytest.raises(ValueError, match=expected):
         ops.to_spectral(torch.randn(1, 1, 4, 4), threshold=0.0)
 
 

@@ -1,0 +1,41 @@
+"""The primitives in C for CPUs: what moves kept coefficients, one pass over the memory each.
+
+Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on first use. Functions take float32 tensors
+(stored values in any format) on the CPU, contiguous, and check nothing but that values are where offsets say.
+"""
+
+from spectriton_native.library import Unavailable, why_unavailable
+from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
+from spectriton_native.rows import (
+    Part,
+    expand_rows,
+    gather_floats,
+    gather_rows,
+    move_runs,
+    place_values,
+    quantise,
+    read_rows,
+    sum_rows,
+    threshold_rows,
+    tile_starts,
+)
+
+__all__ = [
+    "Part",
+    "Unavailable",
+    "expand_parts",
+    "expand_planes",
+    "expand_rows",
+    "gather_floats",
+    "gather_parts",
+    "gather_rows",
+    "move_runs",
+    "place_values",
+    "quantise",
+    "read_rows",
+    "rows_of_parts",
+    "sum_rows",
+    "threshold_rows",
+    "tile_starts",
+    "why_unavailable",
+]

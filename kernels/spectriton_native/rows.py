@@ -1,0 +1,132 @@
+"""Rows of packed spectra to dense chunks of pairs and back."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from spectriton_native._call import FORMATS, call, check_complete
+
+
+class Part(ctypes.Structure):
+    """A range of the rows and tiles of a packed spectrum, as the C functions take it. See :func:`Part.of`."""
+
+    _fields_ = (
+        ("bitmap", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("first_row", "row_count", "tiles", "tile_bytes", "t0", "t1")),
+        *((name, ctypes.c_int64) for name in ("local", "base", "limit")),
+    )
+
+    @staticmethod
+    def of(
+        bitmap: Tensor,
+        rows: slice | Tensor,
+        t0: int,
+        t1: int,
+        offsets: Tensor | None = None,
+        limit: int = 0,
+        *,
+        base: int = 0,
+        local: bool = False,
+    ) -> Part:
+        """The frequencies ``rows`` and tiles ``t0:t1`` of a packed spectrum.
+
+        Args:
+            bitmap: ``(F, T, tile / 8)``.
+            rows: a range of frequencies, or ``(Fc,)`` int64.
+            t0: first tile.
+            t1: one past the last.
+            offsets: ``(F, T)`` int32; ``local``: of the part only, ``(Fc, t1 - t0)``. None where no values are asked
+                for.
+            limit: how many values there are; offsets beyond it are reported.
+            base: what offsets are counted from.
+            local: see ``offsets``.
+        """
+        numbers = rows if isinstance(rows, Tensor) else None
+        part = Part(
+            bitmap.data_ptr(),
+            None if offsets is None else offsets.data_ptr(),
+            None if numbers is None else numbers.data_ptr(),
+            0 if isinstance(rows, Tensor) else rows.start,
+            rows.numel() if isinstance(rows, Tensor) else rows.stop - rows.start,
+            bitmap.shape[1],
+            bitmap.shape[2],
+            t0,
+            t1,
+            local,
+            base,
+            limit,
+        )
+        part.held = (bitmap, offsets, numbers)  # as long as there are pointers to them
+        part.positions = (t1 - t0) * bitmap.shape[2] * 8
+        return part
+
+    def tiles_of(self) -> tuple[int, int]:
+        """``(Fc, t1 - t0)``."""
+        return self.row_count, self.t1 - self.t0
+
+
+def expand_rows(part: Part, values: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Writes all of ``out`` ``(Fc, positions, 2)``: stored values, those in integers times ``scales`` ``(F, T)``."""
+    check_complete(call("expand_rows", part, values, FORMATS[values.dtype], scales, out, result=ctypes.c_int))
+
+
+def gather_rows(part: Part, y: Tensor, out: Tensor) -> None:
+    """Writes ``out`` ``(N, 2)`` where the pattern keeps pairs of the chunk ``y`` ``(Fc, positions, 2)``."""
+    check_complete(call("gather_rows", part, y, out, result=ctypes.c_int))
+
+
+def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor) -> tuple[Tensor, int]:
+    """Writes the bitmap of a chunk ``y`` ``(Fc, positions, 2)``; see :func:`spectriton.reference.pack_rows`.
+
+    ``threshold`` is a number or one for each position, ``(positions,)``; squares are compared.
+
+    Returns:
+        Where the values of each tile begin, ``(Fc, t1 - t0)`` int32, and how many values there are.
+    """
+    starts = torch.empty(part.tiles_of(), dtype=torch.int32)
+    bounds, bound = (threshold.square(), 0.0) if isinstance(threshold, Tensor) else (None, float(threshold) ** 2)
+    return starts, call("threshold_rows", part, y, length, bounds, bound, starts, result=ctypes.c_int64)
+
+
+def tile_starts(part: Part) -> tuple[Tensor, int]:
+    """Where the values of each tile begin where they follow each other, ``(Fc, t1 - t0)`` int32, and their number."""
+    starts = torch.empty(part.tiles_of(), dtype=torch.int32)
+    return starts, call("tile_starts", part, starts, result=ctypes.c_int64)
+
+
+def gather_floats(part: Part, row: Tensor, out: Tensor) -> None:
+    """Writes ``out`` ``(N,)``: the entry of ``row`` ``(positions,)`` for each value."""
+    check_complete(call("gather_floats", part, row, out, result=ctypes.c_int))
+
+
+def sum_rows(part: Part, pairs: Tensor, sums: Tensor) -> None:
+    """Adds pairs ``(N, 2)``, which stand as values do, up over the rows: to ``sums`` ``(positions, 2)``."""
+    check_complete(call("sum_rows", part, pairs, sums, result=ctypes.c_int))
+
+
+def read_rows(part: Part, values: Tensor, scales: Tensor, first: int, out: Tensor) -> None:
+    """Writes ``out`` ``(n, 2)``: stored values that follow each other from ``first`` on."""
+    check_complete(call("read_rows", part, values, FORMATS[values.dtype], scales, first, out, result=ctypes.c_int))
+
+
+def quantise(kept: Tensor, starts: Tensor, out: Tensor, scales: Tensor, noise: Tensor | None = None) -> None:
+    """See :func:`spectriton.reference.quantise`; tiles begin at ``starts``, and ``scales`` are written for them."""
+    levels = 127 if out.dtype == torch.int8 else 7
+    call("quantise", kept, starts, starts.numel(), kept.shape[0], levels, noise, out, scales)
+
+
+def place_values(part: Part, values: Tensor, starts: Tensor, out: Tensor) -> None:
+    """Writes ``values``, those of a tile from its entry of ``starts`` on, to where the pattern has them in ``out``."""
+    size = values.element_size() * (1 if values.ndim == 1 else 2)
+    check_complete(call("place_values", part, values, starts, size, out, result=ctypes.c_int))
+
+
+def move_runs(values: Tensor, begin: Tensor, target: Tensor, sizes: Tensor, out: Tensor) -> None:
+    """Copies runs of ``sizes`` values that begin at ``begin`` to ``target`` in ``out``; all int64, of one length."""
+    size = values.element_size() * (1 if values.ndim == 1 else 2)
+    call("move_runs", values, begin, target, sizes, sizes.numel(), size, out)

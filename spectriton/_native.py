@@ -1,0 +1,295 @@
+"""The primitives on a CPU that has a C compiler: those that move kept coefficients in C, the others in plain PyTorch.
+
+The C functions take float32; double precision, stochastic rounding and whatever else they do not know go to the
+reference.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+import spectriton_native as native
+from spectriton import reference
+from spectriton._backend import Backend
+from spectriton.frequencies import FrequencyGrid
+from spectriton.reference import RowPattern, TileIndex, activate, activate_backward
+from spectriton.reference.transform import Products, parts_of_maps, products
+from spectriton.reference.unpack import fill_mirrors
+from spectriton_native import Part
+
+
+class NativeBackend(Backend):
+    """See the module's text."""
+
+    name = "native"
+
+    def row_pattern(
+        self, bitmap: Tensor, offsets: Tensor, rows: slice | Tensor, t0: int, t1: int, index: TileIndex | None = None
+    ) -> RowPattern | None:
+        """None: the functions read the bitmap themselves."""
+        return None
+
+    def unpack_rows(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        rows: slice | Tensor,
+        t0: int,
+        t1: int,
+        out: Tensor,
+        pattern: RowPattern | None = None,
+    ) -> Tensor:
+        """As the reference's."""
+        if not _takes(out, values):
+            return reference.unpack_rows(values, scales, bitmap, offsets, rows, t0, t1, out, pattern)
+        native.expand_rows(Part.of(bitmap, rows, t0, t1, offsets, values.shape[0]), values, scales, out)
+        return out
+
+    def gather_rows(
+        self,
+        y: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        rows: slice | Tensor,
+        t0: int,
+        out: Tensor,
+        pattern: RowPattern | None = None,
+    ) -> Tensor:
+        """As the reference's."""
+        if not _takes(y, out) or out.dtype != torch.float32:
+            return reference.gather_rows(y, bitmap, offsets, rows, t0, out, pattern)
+        t1 = t0 + y.shape[1] // (bitmap.shape[2] * 8)
+        native.gather_rows(Part.of(bitmap, rows, t0, t1, offsets, out.shape[0]), y, out)
+        return out
+
+    def compact_rows(
+        self,
+        y: Tensor,
+        length: int,
+        threshold: float | Tensor,
+        rows: slice | Tensor,
+        t0: int,
+        bitmap: Tensor,
+        kind: str = "identity",
+        scale: Tensor | None = None,
+        channels: int = 1,
+    ) -> Tensor:
+        """As the reference's, but that squares of moduli are compared."""
+        if not _takes(y, bitmap):
+            return reference.compact_rows(y, length, threshold, rows, t0, bitmap, kind, scale, channels)
+        padded, tile = y.shape[1], bitmap.shape[2] * 8
+        t1 = t0 + padded // tile
+        bounds = _of_places(threshold, t0 * tile, padded) if isinstance(threshold, Tensor) else threshold
+        starts, kept = native.threshold_rows(Part.of(bitmap, rows, t0, t1), y, length, bounds)
+        chunk = Part.of(bitmap, rows, t0, t1, starts, kept, local=True)
+        out = y.new_empty(kept, 2)
+        native.gather_rows(chunk, y, out)
+        if kind == "identity":
+            return out
+        of_kept = None
+        if scale is not None:
+            of_kept = y.new_empty(kept)
+            native.gather_floats(chunk, _of_places(scale.to(y.dtype), t0 * tile, padded), of_kept)
+            of_kept = of_kept[:, None]
+        return activate(out, kind, of_kept)
+
+    def to_format(
+        self,
+        kept: Tensor,
+        bitmap: Tensor,
+        rows: slice | Tensor,
+        tiles: slice,
+        dtype: torch.dtype,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the reference's."""
+        if dtype.is_floating_point or seed is not None or not _takes(kept, bitmap):
+            return reference.to_format(kept, bitmap, rows, tiles, dtype, seed)
+        return _quantised(kept, native.tile_starts(Part.of(bitmap, rows, tiles.start, tiles.stop))[0], dtype)
+
+    def store_rows(
+        self,
+        y: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        rows: slice | Tensor,
+        values: Tensor,
+        scales: Tensor,
+        pattern: RowPattern | None = None,
+        t0: int = 0,
+    ) -> None:
+        """As the reference's."""
+        if not _takes(y, values):
+            reference.store_rows(y, bitmap, offsets, rows, values, scales, pattern, t0)
+            return
+        if values.dtype == y.dtype:
+            self.gather_rows(y, bitmap, offsets, rows, t0, values)
+            return
+        t1 = t0 + y.shape[1] // (bitmap.shape[2] * 8)
+        starts, count = native.tile_starts(Part.of(bitmap, rows, t0, t1))
+        kept = y.new_empty(count, 2)
+        native.gather_rows(Part.of(bitmap, rows, t0, t1, starts, count, local=True), y, kept)
+        if scales.numel():
+            kept, scales[rows, t0:t1] = _quantised(kept, starts, values.dtype)
+        part = Part.of(bitmap, rows, t0, t1, offsets, values.shape[0])
+        native.place_values(part, kept.to(values.dtype), starts, values)
+
+    def reorder(self, values: Tensor, starts: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
+        """As the reference's."""
+        out = torch.empty_like(values)
+        native.move_runs(values, starts, targets, counts, out)
+        return out
+
+    def unpack_planes(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        count: int,
+        row_scale: Tensor | None,
+        out: Tensor,
+        index: TileIndex | None = None,
+    ) -> Tensor:
+        """As the reference's."""
+        if not _takes(out, values):
+            return reference.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, count, row_scale, out, index)
+        half = out.view(count, -1, 2)
+        part = Part.of(bitmap, slice(0, grid.count), t0, t1, offsets, values.shape[0])
+        factors = None if row_scale is None else row_scale.to(out.dtype)
+        native.expand_planes(part, values, scales, grid.index, factors, half)
+        fill_mirrors(torch.view_as_complex(half), grid)
+        return out
+
+    def rows_of_maps(self, maps: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
+        """As the reference's."""
+        if maps.dtype != torch.float32 or not reference.by_products(grid, maps):
+            return reference.rows_of_maps(maps, grid, padded)
+        by = products(grid, grid.count, maps.dtype)
+        parts = parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
+        rows = maps.new_empty(grid.count, padded, 2)
+        native.rows_of_parts(parts, by.places, by.band, rows)
+        return rows
+
+    def expand_parts(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        weighted: bool,
+        by: Products,
+        out: Tensor,
+        index: TileIndex,
+    ) -> None:
+        """As the reference's."""
+        if not _takes(out, values):
+            reference.expand_parts(values, scales, bitmap, offsets, grid, t0, t1, weighted, by, out, index)
+            return
+        filled = reference.filled_rows(index)
+        part = Part.of(bitmap, slice(0, filled), t0, t1, offsets, values.shape[0])
+        out.zero_()
+        native.expand_parts(part, values, scales, by.places, _factors(grid, weighted), by.band, out)
+
+    def gather_parts(
+        self,
+        parts: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        by: Products,
+        out: Tensor,
+        index: TileIndex,
+    ) -> None:
+        """As the reference's."""
+        if not _takes(parts, out):
+            reference.gather_parts(parts, bitmap, offsets, grid, t0, t1, by, out, index)
+            return
+        filled = reference.filled_rows(index)
+        part = Part.of(bitmap, slice(0, filled), t0, t1, offsets, out.shape[0])
+        native.gather_parts(part, parts, by.places, _halves(grid), by.band, out)
+
+    def unpack_gradient_rows(
+        self,
+        grad: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        rows: slice,
+        kind: str,
+        scale: Tensor | None,
+        channels: int,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> Tensor | None:
+        """As the reference's."""
+        if index is None or not index.ordered or not _takes(out, grad):
+            return super().unpack_gradient_rows(
+                grad, values, scales, bitmap, offsets, rows, kind, scale, channels, out, index
+            )
+        tiles = offsets.shape[1]
+        first = int(index.starts[rows.start, 0]) if rows.stop > rows.start else 0
+        last = first + int(index.counts[rows].sum())
+        kept, grad_scale = grad[first:last], None
+        chunk = Part.of(bitmap, rows, 0, tiles, offsets, last - first, base=first)
+        if kind != "identity":
+            output, of_kept = values[first:last], None
+            if values.dtype != out.dtype:
+                output = torch.empty_like(kept)
+                native.read_rows(Part.of(bitmap, rows, 0, tiles, offsets, last), values, scales, first, output)
+            if scale is not None:
+                of_kept = kept.new_empty(last - first)
+                native.gather_floats(chunk, _of_places(scale.to(out.dtype), 0, out.shape[1]), of_kept)
+                of_kept = of_kept[:, None]
+            kept, terms = activate_backward(kept, output, kind, of_kept)
+            if terms is not None:
+                sums = out.new_zeros(out.shape[1], 2)
+                native.sum_rows(chunk, terms, sums)
+                grad_scale = sums[: out.shape[1] // channels * channels].view(-1, channels, 2).sum((0, 2))
+        native.expand_rows(chunk, kept.contiguous(), scales, out)
+        return grad_scale
+
+
+def _takes(dense: Tensor, *others: Tensor) -> bool:
+    """Whether the functions take these tensors: a dense one, whose precision counts, and others."""
+    return dense.dtype == torch.float32 and all(t.is_contiguous() and not t.is_cuda for t in (dense, *others))
+
+
+def _of_places(per_channel: Tensor, first: int, count: int) -> Tensor:
+    """``(count,)``: the entry of ``(C,)`` of the channel at each place from ``first`` on."""
+    channels = per_channel.numel()
+    shift = first % channels
+    return per_channel.to(torch.float32).repeat(-(-(shift + count) // channels))[shift : shift + count].contiguous()
+
+
+def _quantised(kept: Tensor, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    pairs = (2,) if dtype == torch.int8 else ()
+    out, scales = torch.empty(kept.shape[0], *pairs, dtype=dtype), torch.empty(starts.shape)
+    native.quantise(kept, starts, out, scales)
+    return out, scales
+
+
+@lru_cache(maxsize=128)
+def _factors(grid: FrequencyGrid, weighted: bool) -> Tensor:
+    """``(F,)`` float32: how often a coefficient counts in a map."""
+    return grid.weight.to(torch.float32) if weighted else torch.ones(grid.count)
+
+
+@lru_cache(maxsize=64)
+def _halves(grid: FrequencyGrid) -> Tensor:
+    """``(F,)`` float32: half of how often."""
+    return grid.weight.to(torch.float32) / 2
