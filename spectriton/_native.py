@@ -6,6 +6,7 @@ reference.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -16,7 +17,7 @@ from spectriton import reference
 from spectriton._backend import Backend
 from spectriton.frequencies import FrequencyGrid
 from spectriton.reference import RowPattern, TileIndex, activate, activate_backward
-from spectriton.reference.transform import Products, parts_of_maps, products
+from spectriton.reference.transform import Products, products, turns
 from spectriton.reference.unpack import fill_mirrors
 from spectriton_native import Part
 
@@ -174,7 +175,7 @@ class NativeBackend(Backend):
         if maps.dtype != torch.float32 or not reference.by_products(grid, maps):
             return reference.rows_of_maps(maps, grid, padded)
         by = products(grid, grid.count, maps.dtype)
-        parts = parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
+        parts = self.parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
         rows = maps.new_empty(grid.count, padded, 2)
         native.rows_of_parts(parts, by.places, by.band, rows)
         return rows
@@ -221,6 +222,21 @@ class NativeBackend(Backend):
         filled = reference.filled_rows(index)
         part = Part.of(bitmap, slice(0, filled), t0, t1, offsets, out.shape[0])
         native.gather_parts(part, parts, by.places, _halves(grid), by.band, out)
+
+    def parts_of_maps(self, maps: Tensor, by: Products) -> Tensor:
+        """As the reference's."""
+        if not _takes(maps) or max(by.size) > native.LARGEST_SIDE:
+            return reference.parts_of_maps(maps, by)
+        parts = maps.new_empty(by.rows.shape[0] * by.band, maps.shape[2])
+        native.parts_of_maps(maps, _turns(*by.size, by.bands, by.band), parts)
+        return parts
+
+    def maps_of_parts(self, parts: Tensor, by: Products, out: Tensor) -> None:
+        """As the reference's."""
+        if not _takes(parts, out) or max(by.size) > native.LARGEST_SIDE:
+            reference.maps_of_parts(parts, by, out)
+            return
+        native.maps_of_parts(parts, _transposed(*by.size, by.bands, by.band), out)
 
     def unpack_gradient_rows(
         self,
@@ -293,3 +309,25 @@ def _factors(grid: FrequencyGrid, weighted: bool) -> Tensor:
 def _halves(grid: FrequencyGrid) -> Tensor:
     """``(F,)`` float32: half of how often."""
     return grid.weight.to(torch.float32) / 2
+
+
+#: Cosines and sines along the height and along the width.
+_Turns = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@lru_cache(maxsize=128)
+def _turns(height: int, width: int, bands: int, columns: int) -> _Turns:
+    """Of frequencies ``(k, i)`` with the positions of half a side, times the factor of an ortho transform."""
+    cos_y, sin_y = _half_turns(bands, height)
+    return cos_y, sin_y, *_half_turns(columns, width)
+
+
+def _half_turns(count: int, size: int) -> tuple[Tensor, Tensor]:
+    cosine, sine = (t[:, : size // 2 + 1] / math.sqrt(size) for t in turns(torch.arange(count), size))
+    return cosine.to(torch.float32).contiguous(), sine.to(torch.float32).contiguous()
+
+
+@lru_cache(maxsize=128)
+def _transposed(height: int, width: int, bands: int, columns: int) -> _Turns:
+    cos_y, sin_y, cos_x, sin_x = (table.T.contiguous() for table in _turns(height, width, bands, columns))
+    return cos_y, sin_y, cos_x, sin_x

@@ -19,8 +19,10 @@ from spectriton_native.rows import (
     threshold_rows,
     tile_starts,
 )
+from spectriton_native.transform import LARGEST_SIDE, maps_of_parts, parts_of_maps
 
 __all__ = [
+    "LARGEST_SIDE",
     "Part",
     "Unavailable",
     "expand_parts",
@@ -29,7 +31,9 @@ __all__ = [
     "gather_floats",
     "gather_parts",
     "gather_rows",
+    "maps_of_parts",
     "move_runs",
+    "parts_of_maps",
     "place_values",
     "quantise",
     "read_rows",

@@ -31,12 +31,14 @@ from spectriton.reference.store_rows import store_rows
 from spectriton.reference.transform import (
     by_products,
     maps_of_half,
+    maps_of_parts,
+    parts_of_maps,
     planes_innermost,
     rows_of_half,
     rows_of_maps,
     spread_rows,
 )
-from spectriton.reference.unpack import expand_parts, gather_parts, maps_from_parts, unpack_planes, unpack_rows
+from spectriton.reference.unpack import expand_parts, gather_parts, unpack_planes, unpack_rows
 
 __all__ = [
     "ACTIVATIONS",
@@ -59,11 +61,12 @@ __all__ = [
     "kernel_spectrum",
     "kernel_spectrum_adjoint",
     "make_seed",
-    "maps_from_parts",
     "maps_of_half",
+    "maps_of_parts",
     "modulus",
     "pack_codes",
     "pack_rows",
+    "parts_of_maps",
     "planes_innermost",
     "quantise",
     "reorder",

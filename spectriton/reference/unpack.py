@@ -17,7 +17,7 @@ from spectriton.reference.pattern import (
     row_index,
     row_pattern,
 )
-from spectriton.reference.transform import Products, maps_of_parts
+from spectriton.reference.transform import Products
 
 # A pair of parts, seen as one element: indexing moves it as a whole.
 _PAIR = {
@@ -158,20 +158,6 @@ def expand_parts(
     out[by.band :].view(-1).scatter_(0, places, kept[:, 1])
     if weighted:
         out[by.self_conjugate] *= 0.5
-
-
-def maps_from_parts(parts: Tensor, by: Products, out: Tensor) -> None:
-    """Writes the real maps ``out`` ``(n, H, W)`` of parts, by matrix products."""
-    count, maps = out.shape[0], out.permute(1, 2, 0)
-    if maps.is_contiguous():
-        maps_of_parts(parts, by, maps)
-        return
-    innermost = torch.empty_like(maps, memory_format=torch.contiguous_format)
-    maps_of_parts(parts, by, innermost)
-    if out.is_contiguous():  # of two dimensions torch transposes blocks
-        out.view(count, -1).copy_(innermost.view(-1, count).T)
-    else:
-        maps.copy_(innermost)
 
 
 def gather_parts(
