@@ -176,7 +176,7 @@ class Backend:
         Not ``weighted``: the adjoint of maps to their stored coefficients.
         """
         if index is not None and reference.by_products(grid, out):
-            by = products(grid, reference.filled_rows(index), out.dtype)
+            by = products(grid, index.filled, out.dtype)
             parts = out.new_empty(by.rows.shape[0] * by.band, out.shape[0])
             self.expand_parts(values, scales, bitmap, offsets, grid, t0, t1, weighted, by, parts, index)
             innermost = out.permute(1, 2, 0)
@@ -209,7 +209,7 @@ class Backend:
     ) -> None:
         """Writes half of the adjoint of weighted :meth:`unpack_maps`, for maps ``(n, H, W)``, to ``out`` ``(N, 2)``."""
         if index is not None and reference.by_products(grid, maps):
-            by = products(grid, reference.filled_rows(index), maps.dtype)
+            by = products(grid, index.filled, maps.dtype)
             parts = self.parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
             self.gather_parts(parts, bitmap, offsets, grid, t0, t1, by, out, index)
             return

@@ -27,6 +27,13 @@ class NativeBackend(Backend):
 
     name = "native"
 
+    def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
+        """As the reference's."""
+        if not (bitmap.is_contiguous() and offsets.is_contiguous()):
+            return reference.tile_index(bitmap, offsets)
+        counts, starts, ordered, filled = native.index_tiles(bitmap, offsets)
+        return TileIndex(counts.numpy(), starts.numpy(), ordered, filled)
+
     def row_pattern(
         self, bitmap: Tensor, offsets: Tensor, rows: slice | Tensor, t0: int, t1: int, index: TileIndex | None = None
     ) -> RowPattern | None:
@@ -83,10 +90,11 @@ class NativeBackend(Backend):
         """As the reference's, but that squares of moduli are compared."""
         if not _takes(y, bitmap):
             return reference.compact_rows(y, length, threshold, rows, t0, bitmap, kind, scale, channels)
-        padded, tile = y.shape[1], bitmap.shape[2] * 8
-        t1 = t0 + padded // tile
-        bounds = _of_places(threshold, t0 * tile, padded) if isinstance(threshold, Tensor) else threshold
-        starts, kept = native.threshold_rows(Part.of(bitmap, rows, t0, t1), y, length, bounds)
+        tile = bitmap.shape[2] * 8
+        t1 = t0 + y.shape[1] // tile
+        if isinstance(threshold, Tensor):
+            threshold = threshold.to(y.dtype)
+        starts, kept = native.threshold_rows(Part.of(bitmap, rows, t0, t1), y, length, threshold)
         chunk = Part.of(bitmap, rows, t0, t1, starts, kept, local=True)
         out = y.new_empty(kept, 2)
         native.gather_rows(chunk, y, out)
@@ -95,7 +103,7 @@ class NativeBackend(Backend):
         of_kept = None
         if scale is not None:
             of_kept = y.new_empty(kept)
-            native.gather_floats(chunk, _of_places(scale.to(y.dtype), t0 * tile, padded), of_kept)
+            native.gather_channels(chunk, scale.to(y.dtype), t0 * tile, of_kept)
             of_kept = of_kept[:, None]
         return activate(out, kind, of_kept)
 
@@ -198,7 +206,7 @@ class NativeBackend(Backend):
         if not _takes(out, values):
             reference.expand_parts(values, scales, bitmap, offsets, grid, t0, t1, weighted, by, out, index)
             return
-        filled = reference.filled_rows(index)
+        filled = index.filled
         part = Part.of(bitmap, slice(0, filled), t0, t1, offsets, values.shape[0])
         out.zero_()
         native.expand_parts(part, values, scales, by.places, _factors(grid, weighted), by.band, out)
@@ -219,7 +227,7 @@ class NativeBackend(Backend):
         if not _takes(parts, out):
             reference.gather_parts(parts, bitmap, offsets, grid, t0, t1, by, out, index)
             return
-        filled = reference.filled_rows(index)
+        filled = index.filled
         part = Part.of(bitmap, slice(0, filled), t0, t1, offsets, out.shape[0])
         native.gather_parts(part, parts, by.places, _halves(grid), by.band, out)
 
@@ -264,12 +272,14 @@ class NativeBackend(Backend):
         chunk = Part.of(bitmap, rows, 0, tiles, offsets, last - first, base=first)
         if kind != "identity":
             output, of_kept = values[first:last], None
-            if values.dtype != out.dtype:
+            if values.dtype.is_floating_point:
+                output = output.to(out.dtype)
+            else:
                 output = torch.empty_like(kept)
                 native.read_rows(Part.of(bitmap, rows, 0, tiles, offsets, last), values, scales, first, output)
             if scale is not None:
                 of_kept = kept.new_empty(last - first)
-                native.gather_floats(chunk, _of_places(scale.to(out.dtype), 0, out.shape[1]), of_kept)
+                native.gather_channels(chunk, scale.to(out.dtype), 0, of_kept)
                 of_kept = of_kept[:, None]
             kept, terms = activate_backward(kept, output, kind, of_kept)
             if terms is not None:
@@ -283,13 +293,6 @@ class NativeBackend(Backend):
 def _takes(dense: Tensor, *others: Tensor) -> bool:
     """Whether the functions take these tensors: a dense one, whose precision counts, and others."""
     return dense.dtype == torch.float32 and all(t.is_contiguous() and not t.is_cuda for t in (dense, *others))
-
-
-def _of_places(per_channel: Tensor, first: int, count: int) -> Tensor:
-    """``(count,)``: the entry of ``(C,)`` of the channel at each place from ``first`` on."""
-    channels = per_channel.numel()
-    shift = first % channels
-    return per_channel.to(torch.float32).repeat(-(-(shift + count) // channels))[shift : shift + count].contiguous()
 
 
 def _quantised(kept: Tensor, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

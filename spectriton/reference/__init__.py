@@ -16,7 +16,7 @@ from spectriton.reference.kernel_spectrum import (
     taps_of_matrix,
 )
 from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise, reorder, to_format
-from spectriton.reference.pattern import RowPattern, TileIndex, filled_rows, row_pattern, tile_index
+from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_index
 from spectriton.reference.rounding import ROUNDINGS, copy_in_range, make_seed, seed_of, stochastic_cast, uniform
 from spectriton.reference.spectral_activation import (
     ACTIVATIONS,
@@ -55,7 +55,6 @@ __all__ = [
     "complex_product",
     "copy_in_range",
     "expand_parts",
-    "filled_rows",
     "gather_parts",
     "gather_rows",
     "kernel_spectrum",

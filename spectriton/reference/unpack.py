@@ -10,7 +10,6 @@ from spectriton.frequencies import FrequencyGrid
 from spectriton.reference.pattern import (
     RowPattern,
     TileIndex,
-    filled_rows,
     half_positions,
     part_positions,
     repeated,
@@ -147,7 +146,7 @@ def expand_parts(
     ``weighted`` counts a coefficient for its conjugate, too, where that is not stored, as ``irfft2`` does. The adjoint
     of maps to their stored coefficients does not.
     """
-    filled = slice(0, filled_rows(index))
+    filled = slice(0, index.filled)
     pattern = row_pattern(bitmap, offsets, filled, t0, t1, index)
     kept = read_values(values, scales, pattern, scales[filled, t0:t1] if scales.numel() else scales, out.dtype)
     if weighted:
@@ -176,7 +175,7 @@ def gather_parts(
     It may change ``parts``.
     """
     parts[by.self_conjugate] *= 0.5
-    filled = slice(0, filled_rows(index))
+    filled = slice(0, index.filled)
     pattern = row_pattern(bitmap, offsets, filled, t0, t1, index)
     places = part_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, by.places[filled], parts.shape[1])
     target, slots = torch.view_as_complex(out), pattern.slots
