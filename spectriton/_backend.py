@@ -104,6 +104,7 @@ class Backend:
     pack_rows = staticmethod(reference.pack_rows)
     unpack_rows = staticmethod(reference.unpack_rows)
     gather_rows = staticmethod(reference.gather_rows)
+    count_moduli = staticmethod(reference.count_moduli)
     compact_rows = staticmethod(reference.compact_rows)
     to_format = staticmethod(reference.to_format)
     store_rows = staticmethod(reference.store_rows)
@@ -112,6 +113,8 @@ class Backend:
     gather_parts = staticmethod(reference.gather_parts)
     parts_of_maps = staticmethod(parts_of_maps)
     maps_of_parts = staticmethod(maps_of_parts)
+    planes_innermost = staticmethod(reference.planes_innermost)
+    by_products = staticmethod(reference.by_products)
     unpack_planes = staticmethod(reference.unpack_planes)
     rows_of_maps = staticmethod(reference.rows_of_maps)
     rectify = staticmethod(bits.rectify)
@@ -175,7 +178,7 @@ class Backend:
 
         Not ``weighted``: the adjoint of maps to their stored coefficients.
         """
-        if index is not None and reference.by_products(grid, out):
+        if index is not None and self.by_products(grid, out):
             by = products(grid, index.filled, out.dtype)
             parts = out.new_empty(by.rows.shape[0] * by.band, out.shape[0])
             self.expand_parts(values, scales, bitmap, offsets, grid, t0, t1, weighted, by, parts, index)
@@ -208,7 +211,7 @@ class Backend:
         index: TileIndex | None,
     ) -> None:
         """Writes half of the adjoint of weighted :meth:`unpack_maps`, for maps ``(n, H, W)``, to ``out`` ``(N, 2)``."""
-        if index is not None and reference.by_products(grid, maps):
+        if index is not None and self.by_products(grid, maps):
             by = products(grid, index.filled, maps.dtype)
             parts = self.parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
             self.gather_parts(parts, bitmap, offsets, grid, t0, t1, by, out, index)

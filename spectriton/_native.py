@@ -75,6 +75,13 @@ class NativeBackend(Backend):
         native.gather_rows(Part.of(bitmap, rows, t0, t1, offsets, out.shape[0]), y, out)
         return out
 
+    def count_moduli(self, y: Tensor, guard: int, shift: int, counts: Tensor) -> None:
+        """As the reference's, to float32 rounding."""
+        if y.dtype != torch.float32 or y.is_cuda or y.stride()[1:] != (2, 1):
+            reference.count_moduli(y, guard, shift, counts)
+            return
+        native.count_moduli(y, guard, shift, counts)
+
     def compact_rows(
         self,
         y: Tensor,
@@ -178,9 +185,19 @@ class NativeBackend(Backend):
         fill_mirrors(torch.view_as_complex(half), grid)
         return out
 
+    def planes_innermost(self, grid: FrequencyGrid) -> bool:
+        """As the reference's, for larger maps, too."""
+        return max(grid.height, grid.width) <= native.LARGEST_SIDE
+
+    def by_products(self, grid: FrequencyGrid, maps: Tensor) -> bool:
+        """Likewise, whatever the memory order of the maps."""
+        if maps.dtype != torch.float32:
+            return reference.by_products(grid, maps)
+        return self.planes_innermost(grid)
+
     def rows_of_maps(self, maps: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
         """As the reference's."""
-        if maps.dtype != torch.float32 or not reference.by_products(grid, maps):
+        if not (maps.dtype == torch.float32 and self.by_products(grid, maps)):
             return reference.rows_of_maps(maps, grid, padded)
         by = products(grid, grid.count, maps.dtype)
         parts = self.parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)

@@ -8,6 +8,7 @@ from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
 from spectriton_native.rows import (
     Part,
+    count_moduli,
     expand_rows,
     gather_channels,
     gather_rows,
@@ -26,6 +27,7 @@ __all__ = [
     "LARGEST_SIDE",
     "Part",
     "Unavailable",
+    "count_moduli",
     "expand_parts",
     "expand_planes",
     "expand_rows",

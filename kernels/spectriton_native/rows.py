@@ -109,6 +109,11 @@ def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor
     return starts, call("threshold_rows", part, y, length, *rule, starts, result=ctypes.c_int64)
 
 
+def count_moduli(y: Tensor, guard: int, shift: int, counts: Tensor) -> None:
+    """See :func:`spectriton.reference.count_moduli`; rows of ``y`` ``(rows, n, 2)`` may stand apart."""
+    call("count_moduli", y, y.shape[0], y.shape[1], y.stride(0), guard, shift, counts)
+
+
 def tile_starts(part: Part) -> tuple[Tensor, int]:
     """Where the values of each tile begin where they follow each other, ``(Fc, t1 - t0)`` int32, and their number."""
     starts = torch.empty(part.tiles_of(), dtype=torch.int32)

@@ -15,7 +15,16 @@ from spectriton.reference.kernel_spectrum import (
     taps_matrix,
     taps_of_matrix,
 )
-from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise, reorder, to_format
+from spectriton.reference.pack import (
+    compact_rows,
+    count_moduli,
+    gather_rows,
+    modulus,
+    pack_rows,
+    quantise,
+    reorder,
+    to_format,
+)
 from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_index
 from spectriton.reference.rounding import ROUNDINGS, copy_in_range, make_seed, seed_of, stochastic_cast, uniform
 from spectriton.reference.spectral_activation import (
@@ -54,6 +63,7 @@ __all__ = [
     "complex_kernel_spectrum_adjoint",
     "complex_product",
     "copy_in_range",
+    "count_moduli",
     "expand_parts",
     "gather_parts",
     "gather_rows",

@@ -59,8 +59,9 @@ int gather_rows(const Part *part, const float *y, float *out, int64_t threads)
 
    Returns whether values follow the tiles without gaps; empty tiles begin then where the next one does. */
 int64_t index_tiles(const uint8_t *bitmap, const int32_t *offsets, int64_t frequencies, int64_t tiles, int64_t tile_bytes,
-                    int64_t *counts, int64_t *starts, int64_t *filled)
+                    int64_t *counts, int64_t *starts, int64_t *filled, int64_t threads)
 {
+    (void)threads;
     int64_t total = 0, ordered = 1;
     *filled = 0;
     for (int64_t t = 0; t < frequencies * tiles; t++) {
@@ -80,8 +81,9 @@ int64_t index_tiles(const uint8_t *bitmap, const int32_t *offsets, int64_t frequ
 
 /* Where the values of each tile begin where those of the part follow each other, (row_count, t1 - t0); returns how many
    there are. */
-int64_t tile_starts(const Part *part, int32_t *starts)
+int64_t tile_starts(const Part *part, int32_t *starts, int64_t threads)
 {
+    (void)threads;
     int64_t total = 0;
     for (int64_t i = 0; i < part->row_count; i++)
         for (int64_t t = part->t0; t < part->t1; t++) {
@@ -147,7 +149,27 @@ int64_t threshold_rows(const Part *part, const float *y, int64_t length, const f
                 channel -= channels;
         }
     }
-    return tile_starts(part, starts);
+    return tile_starts(part, starts, threads);
+}
+
+/* Counts moduli of pairs (rows, n), `pitch` floats a row, by the leading bits of their patterns, what is not a number as
+   infinite. */
+void count_moduli(const float *y, int64_t rows, int64_t n, int64_t pitch, int64_t guard, int64_t shift, int64_t *counts,
+                  int64_t threads)
+{
+    (void)threads;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t first = 0; first < n; first += 256) {
+            const int64_t some = n - first < 256 ? n - first : 256;
+            const float *pairs = y + i * pitch + 2 * first;
+            int32_t bins[256];
+            for (int64_t k = 0; k < some; k++) {
+                const float size = sqrtf(pairs[2 * k] * pairs[2 * k] + pairs[2 * k + 1] * pairs[2 * k + 1]);
+                bins[k] = (int32_t)((to_bits(size <= INFINITY ? size : INFINITY) + (uint32_t)guard) >> shift);
+            }
+            for (int64_t k = 0; k < some; k++)
+                counts[bins[k]]++;
+        }
 }
 
 /* One of `numbers` for every kept coefficient: that of its channel.
