@@ -102,11 +102,12 @@ def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor
         Where the values of each tile begin, ``(Fc, t1 - t0)`` int32, and how many values there are.
     """
     starts = torch.empty(part.tiles_of(), dtype=torch.int32)
+    bounds, channels, bound = None, 1, 0.0
     if isinstance(threshold, Tensor):
-        rule = (_going_on(threshold.square()), threshold.numel(), 0.0)
+        bounds, channels = _going_on(threshold.square()), threshold.numel()
     else:
-        rule = (None, 1, float(threshold) ** 2)
-    return starts, call("threshold_rows", part, y, length, *rule, starts, result=ctypes.c_int64)
+        bound = float(threshold) ** 2
+    return starts, call("threshold_rows", part, y, length, bounds, channels, bound, starts, result=ctypes.c_int64)
 
 
 def count_moduli(y: Tensor, guard: int, shift: int, counts: Tensor) -> None:
