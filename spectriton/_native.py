@@ -225,7 +225,6 @@ class NativeBackend(Backend):
             return
         filled = index.filled
         part = Part.of(bitmap, slice(0, filled), t0, t1, offsets, values.shape[0])
-        out.zero_()
         native.expand_parts(part, values, scales, by.places, _factors(grid, weighted), by.band, out)
 
     def gather_parts(
