@@ -64,37 +64,90 @@ INLINE void store(lanes x, float *target, int64_t planes, const int whole)
     memcpy(target, &x, whole ? sizeof x : planes * sizeof(float));
 }
 
-/* Some rows of a product: out[k] = sum over i of matrix[k, i] x[i]. */
-INLINE void some_rows(const float *matrix, int64_t pitch, const lanes *x, int64_t terms, lanes *out, const int rows)
+/* A matrix (rows, terms) within a larger one: every `step`-th of its columns, `pitch` floats from one row to the next. */
+typedef struct {
+    const float *data;
+    int64_t pitch, step;
+} Matrix;
+
+/* Some rows of a product: out[k * step] = sum over i of matrix[k, i] x[i * step of the matrix]. */
+INLINE void some_rows(Matrix matrix, const lanes *x, int64_t terms, lanes *out, int64_t step, const int rows)
 {
     lanes sums[8]; /* of the size of the rows it would be memory */
     for (int k = 0; k < rows; k++)
         sums[k] = (lanes){{{0}, {0}}};
     for (int64_t i = 0; i < terms; i++) {
-        const lanes term = x[i];
+        const lanes term = x[i * matrix.step];
         for (int k = 0; k < rows; k++)
-            sums[k] = add_product(sums[k], matrix[k * pitch + i], term);
+            sums[k] = add_product(sums[k], matrix.data[k * matrix.pitch + i * matrix.step], term);
     }
     for (int k = 0; k < rows; k++)
-        out[k] = sums[k];
+        out[k * step] = sums[k];
 }
 
-/* out (rows,) = matrix (rows, pitch), of which `terms` columns, times x (terms,). */
-INLINE void product(const float *matrix, int64_t pitch, const lanes *x, int64_t terms, lanes *out, int64_t rows)
+/* out (rows,), `step` apart, = matrix (rows, terms) times x (terms,), as far apart as the columns of the matrix. */
+INLINE void product(Matrix matrix, const lanes *x, int64_t terms, lanes *out, int64_t step, int64_t rows)
 {
-    int64_t k = 0;
-    for (; k + 8 <= rows; k += 8)
-        some_rows(matrix + k * pitch, pitch, x, terms, out + k, 8);
-    if (rows - k >= 4) {
-        some_rows(matrix + k * pitch, pitch, x, terms, out + k, 4);
-        k += 4;
+    for (; rows >= 8; rows -= 8, matrix.data += 8 * matrix.pitch, out += 8 * step)
+        some_rows(matrix, x, terms, out, step, 8);
+    if (rows & 4) {
+        some_rows(matrix, x, terms, out, step, 4);
+        matrix.data += 4 * matrix.pitch;
+        out += 4 * step;
     }
-    if (rows - k >= 2) {
-        some_rows(matrix + k * pitch, pitch, x, terms, out + k, 2);
-        k += 2;
+    if (rows & 2) {
+        some_rows(matrix, x, terms, out, step, 2);
+        matrix.data += 2 * matrix.pitch;
+        out += 2 * step;
     }
-    if (rows - k)
-        some_rows(matrix + k * pitch, pitch, x, terms, out + k, 1);
+    if (rows & 1)
+        some_rows(matrix, x, terms, out, step, 1);
+}
+
+/* Sums over half a side n with its turns (k, i), i = 0 ... n / 2: out[k] = sum over i of turns[k, i] x[i].
+
+   On a side of even length i and n / 2 - i have the same cosine where k is even, the opposite one where it is odd, and
+   sines the other way round: so half of the products will do. `sine` is a constant. */
+INLINE void sums_of_half(const float *turns, int64_t n, const lanes *x, lanes *out, int64_t count, const int sine)
+{
+    const int64_t half = n / 2 + 1, middle = n / 4;
+    if (n % 2) {
+        product((Matrix){turns + sine, half, 1}, x + sine, half - sine, out, 1, count);
+        return;
+    }
+    lanes same[HALF / 2 + 1], opposite[HALF / 2 + 1];
+    for (int64_t i = sine; i <= middle; i++) {
+        if (4 * i == n) {
+            same[i] = x[i];
+        } else if (sine && i == 0) {
+            continue;
+        } else {
+            same[i] = add(x[i], x[n / 2 - i]);
+            opposite[i] = subtract(x[i], x[n / 2 - i]);
+        }
+    }
+    const int64_t terms_same = middle + 1 - sine, terms_opposite = (n % 4 ? middle + 1 : middle) - sine;
+    const lanes *of_even = sine ? opposite : same, *of_odd = sine ? same : opposite;
+    const int64_t terms_even = sine ? terms_opposite : terms_same, terms_odd = sine ? terms_same : terms_opposite;
+    product((Matrix){turns + sine, 2 * half, 1}, of_even + sine, terms_even, out, 2, (count + 1) / 2);
+    product((Matrix){turns + half + sine, 2 * half, 1}, of_odd + sine, terms_odd, out + 1, 2, count / 2);
+}
+
+/* The adjoint, with turns (i, k): out[i] = sum over k of turns[i, k] x[k], i = 0 ... n / 2. */
+INLINE void spread_to_half(const float *turns, int64_t n, const lanes *x, int64_t count, lanes *out, const int sine)
+{
+    const int64_t half = n / 2 + 1, middle = n / 4;
+    if (n % 2) {
+        product((Matrix){turns, count, 1}, x, count, out, 1, half);
+        return;
+    }
+    lanes of_even[HALF / 2 + 1], of_odd[HALF / 2 + 1];
+    product((Matrix){turns, count, 2}, x, (count + 1) / 2, of_even, 1, middle + 1);
+    product((Matrix){turns + 1, count, 2}, x + 1, count / 2, of_odd, 1, middle + 1);
+    for (int64_t i = 0; i <= middle; i++) {
+        out[n / 2 - i] = sine ? subtract(of_odd[i], of_even[i]) : subtract(of_even[i], of_odd[i]);
+        out[i] = add(of_even[i], of_odd[i]);
+    }
 }
 
 /* The sums x[i] + x[n - i] and the differences of a line; what is its own mirror stands in the sums alone. */
@@ -135,14 +188,13 @@ typedef struct {
 INLINE void parts_of_block(const Plan *by, const float *maps, float *parts, int64_t some, const int whole)
 {
     const int64_t height = by->height, width = by->width, planes = by->planes, bands = by->bands, columns = by->columns;
-    const int64_t half_y = height / 2 + 1, half_x = width / 2 + 1, odd_y = (height - 1) / 2, odd_x = (width - 1) / 2;
     lanes line[SIDE], even[HALF], odd[HALF], lines[SIDE][2][HALF];
     for (int64_t h = 0; h < height; h++) {
         for (int64_t w = 0; w < width; w++)
             line[w] = load(maps + (h * width + w) * planes, some, whole);
         fold(line, width, even, odd);
-        product(by->cos_x, half_x, even, half_x, lines[h][0], columns);
-        product(by->sin_x + 1, half_x, odd + 1, odd_x, lines[h][1], columns);
+        sums_of_half(by->cos_x, width, even, lines[h][0], columns, 0);
+        sums_of_half(by->sin_x, width, odd, lines[h][1], columns, 1);
     }
     for (int64_t x = 0; x < columns; x++) {
         lanes from_even[2][HALF], from_odd[2][HALF];
@@ -150,8 +202,8 @@ INLINE void parts_of_block(const Plan *by, const float *maps, float *parts, int6
             for (int64_t h = 0; h < height; h++)
                 line[h] = lines[h][part][x];
             fold(line, height, even, odd);
-            product(by->cos_y, half_y, even, half_y, from_even[part], bands);
-            product(by->sin_y + 1, half_y, odd + 1, odd_y, from_odd[part], bands);
+            sums_of_half(by->cos_y, height, even, from_even[part], bands, 0);
+            sums_of_half(by->sin_y, height, odd, from_odd[part], bands, 1);
         }
         /* A line was re - i im: real parts are sum c re - s im, imaginary ones -(sum c im + s re). */
         for (int64_t k = 0; k < bands; k++) {
@@ -187,15 +239,15 @@ INLINE void maps_of_block(const Plan *by, const float *parts, float *maps, int64
                 }
             }
         }
-        product(by->cos_y, bands, sums[0], bands, a, half_y);
-        product(by->sin_y, bands, differences[1], bands, b, half_y);
+        spread_to_half(by->cos_y, height, sums[0], bands, a, 0);
+        spread_to_half(by->sin_y, height, differences[1], bands, b, 1);
         for (int64_t h = 0; h < half_y; h++) {
             lines[h][0][x] = subtract(a[h], b[h]);
             if (has_mirror(h, height))
                 lines[height - h][0][x] = add(a[h], b[h]);
         }
-        product(by->cos_y, bands, sums[1], bands, a, half_y);
-        product(by->sin_y, bands, differences[0], bands, b, half_y);
+        spread_to_half(by->cos_y, height, sums[1], bands, a, 0);
+        spread_to_half(by->sin_y, height, differences[0], bands, b, 1);
         for (int64_t h = 0; h < half_y; h++) {
             lines[h][1][x] = add(a[h], b[h]);
             if (has_mirror(h, height))
@@ -204,8 +256,8 @@ INLINE void maps_of_block(const Plan *by, const float *parts, float *maps, int64
     }
     for (int64_t h = 0; h < height; h++) {
         lanes a[HALF], b[HALF];
-        product(by->cos_x, columns, lines[h][0], columns, a, half_x);
-        product(by->sin_x, columns, lines[h][1], columns, b, half_x);
+        spread_to_half(by->cos_x, width, lines[h][0], columns, a, 0);
+        spread_to_half(by->sin_x, width, lines[h][1], columns, b, 1);
         for (int64_t w = 0; w < half_x; w++) {
             store(subtract(a[w], b[w]), maps + (h * width + w) * planes, some, whole);
             if (has_mirror(w, width))
