@@ -15,7 +15,7 @@ import spectriton_native as native
 from spectriton import reference
 from spectriton._backend import Backend
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference import RowPattern, TileIndex, activate, activate_backward
+from spectriton.reference import RowPattern, TileIndex, across, activate, activate_backward
 from spectriton.reference.transform import Products, parts_of_maps, products
 from spectriton.reference.unpack import fill_mirrors
 from spectriton_native import Part
@@ -262,6 +262,50 @@ class NativeBackend(Backend):
                 grad_scale = sums[: out.shape[1] // channels * channels].view(-1, channels, 2).sum((0, 2))
         native.expand_rows(chunk, kept.contiguous(), scales, out)
         return grad_scale
+
+    def pool_across(
+        self,
+        maps: Tensor,
+        windows: across.Windows,
+        out: Tensor,
+        codes: Tensor | None = None,
+        signs: Tensor | None = None,
+        affine: tuple[Tensor, Tensor] | None = None,
+        rectify: bool = False,
+    ) -> None:
+        """As the reference's."""
+        if maps.dtype != torch.float32:
+            across.pool_across(maps, windows, out, codes, signs, affine, rectify)
+            return
+        margin, bits = windows.margin, 0 if codes is None else windows.bits
+        maps = maps[:, margin : maps.shape[1] - margin, margin : maps.shape[2] - margin]
+        gain, shift = (None, None) if affine is None else (t.contiguous() for t in affine)
+        kernel, stride, _, tile, _ = windows
+        native.pool_across(maps, kernel, stride, bits, tile, out, codes, signs, gain, shift, rectify)
+
+    def spread_across(
+        self,
+        grad: Tensor,
+        windows: across.Windows,
+        size: list[int],
+        codes: Tensor | None = None,
+        signs: Tensor | None = None,
+    ) -> Tensor:
+        """As the reference's."""
+        if grad.dtype != torch.float32 or (codes is None and grad.stride(0) != 1):
+            return across.spread_across(grad, windows, size, codes, signs)
+        if codes is None:
+            out = inner = grad
+        else:
+            out = across.empty_across(grad, grad.shape[0], size)
+            if not (windows.apart and windows.cover(size, list(grad.shape[1:]))):
+                out.zero_()
+            margin = windows.margin
+            inner = out[:, margin : size[0] - margin, margin : size[1] - margin]
+        kernel, stride, bits, tile, _ = windows
+        bits = 0 if codes is None else bits
+        native.spread_across(grad, kernel, stride, bits, tile, codes, signs, windows.apart, inner)
+        return out
 
 
 def _takes(dense: Tensor, *others: Tensor) -> bool:

@@ -4,6 +4,7 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 (stored values in any format) on the CPU, contiguous, and check nothing but that values are where offsets say.
 """
 
+from spectriton_native.across import pool_across, spread_across
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
 from spectriton_native.rows import (
@@ -31,9 +32,11 @@ __all__ = [
     "gather_rows",
     "move_runs",
     "place_values",
+    "pool_across",
     "quantise",
     "read_rows",
     "rows_of_parts",
+    "spread_across",
     "sum_rows",
     "threshold_rows",
     "tile_starts",
