@@ -5,6 +5,7 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 """
 
 from spectriton_native.across import pool_across, spread_across
+from spectriton_native.kept import combine_kept, sum_kept, tile_index
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
 from spectriton_native.rows import (
@@ -24,6 +25,7 @@ from spectriton_native.rows import (
 __all__ = [
     "Part",
     "Unavailable",
+    "combine_kept",
     "expand_parts",
     "expand_planes",
     "expand_rows",
@@ -37,8 +39,10 @@ __all__ = [
     "read_rows",
     "rows_of_parts",
     "spread_across",
+    "sum_kept",
     "sum_rows",
     "threshold_rows",
+    "tile_index",
     "tile_starts",
     "why_unavailable",
 ]
