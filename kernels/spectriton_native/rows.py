@@ -46,7 +46,7 @@ class Part(ctypes.Structure):
             base: what offsets are counted from.
             local: see ``offsets``.
         """
-        numbers = rows if isinstance(rows, Tensor) else None
+        numbers = rows.contiguous() if isinstance(rows, Tensor) else None
         part = Part(
             bitmap.data_ptr(),
             None if offsets is None else offsets.data_ptr(),
@@ -89,7 +89,8 @@ def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor
         Where the values of each tile begin, ``(Fc, t1 - t0)`` int32, and how many values there are.
     """
     starts = torch.empty(part.tiles_of(), dtype=torch.int32)
-    bounds, bound = (threshold.square(), 0.0) if isinstance(threshold, Tensor) else (None, float(threshold) ** 2)
+    # A product, for a power that is too large is an error.
+    bounds, bound = (threshold.square(), 0.0) if isinstance(threshold, Tensor) else (None, float(threshold * threshold))
     return starts, call("threshold_rows", part, y, length, bounds, bound, starts, result=ctypes.c_int64)
 
 
