@@ -202,6 +202,8 @@ def _compile_below(parent: Path | None, name: str, portable: bool, deadline: flo
 def _find_or_compile(portable: bool) -> ctypes.CDLL:
     if sys.platform != "linux":  # elsewhere nobody has tried, and macOS answers a call of cc by a dialogue
         raise Unavailable(f"it is for Linux, this is {sys.platform}")
+    if not any(SOURCES.glob("*.c")):
+        raise Failed("its sources are missing: install spectriton again")
     name, cache = _file_name(portable), cache_directory()
     kept = None if cache is None else _open_kept(cache / name)
     if kept is not None:
