@@ -185,7 +185,6 @@ def test_quantise(counts: list[int], dtype: torch.dtype, stochastic: bool) -> No
     number = torch.tensor(counts, dtype=torch.int64)
     generator = torch.Generator().manual_seed(3)
     kept = torch.randn(int(number.sum()), 2, generator=generator)
-    kept[1::4] = kept[1::4].mul(8).round().div(8)  # halves between two steps, sometimes
     starts = (number.cumsum(0) - number).to(torch.int32)
     noise = torch.rand(kept.shape, generator=generator) if stochastic else None
     for special in (None, torch.nan, torch.inf, 1e-40, 0.0, 3e38):
@@ -197,6 +196,19 @@ def test_quantise(counts: list[int], dtype: torch.dtype, stochastic: bool) -> No
         values, expected = reference.quantise(kept, number, dtype, noise)
         assert identical(scales.tensor, expected) and identical(room.tensor, values)
         assert room.guarded and scales.guarded
+
+
+@pytest.mark.parametrize(("dtype", "levels"), [(torch.int8, 127), (torch.uint8, 7)])
+def test_quantise_rounds_halves_to_even(dtype: torch.dtype, levels: int) -> None:
+    steps = torch.arange(-levels, levels) + 0.5
+    kept = torch.stack([steps, torch.full_like(steps, levels)], dim=1)
+    room, scales = Room(*(kept.shape if dtype == torch.int8 else steps.shape), dtype=dtype), Room(1)
+    native.quantise(kept, torch.zeros(1, dtype=torch.int32), room.tensor, scales.tensor)
+    assert scales.tensor.item() == 1
+    values, _ = reference.quantise(kept, torch.tensor([len(steps)]), dtype)
+    assert torch.equal(room.tensor, values) and room.guarded
+    if dtype == torch.int8:
+        assert torch.equal(room.tensor[:, 0].float(), torch.round(steps))
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
