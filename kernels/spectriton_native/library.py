@@ -57,7 +57,7 @@ def compilers() -> list[tuple[str, ...]]:
     try:
         commands = [[chosen] if shutil.which(chosen) else shlex.split(chosen), ["cc"], ["gcc"], ["clang"]]
     except ValueError as error:
-        raise Failed(f"CC got {chosen!r}, expected a command: {error}") from error
+        raise Failed(f"what CC says is no command: {error}") from error
     # In full, for they run in another folder.
     found = [(os.path.abspath(shutil.which(words[0]) or ""), *words[1:]) for words in commands if words]
     return list(dict.fromkeys(words for words in found if os.path.isfile(words[0])))
