@@ -35,7 +35,7 @@ DENSITY_IN, DENSITY_OUT = 0.24, 0.09
 MODES = ("forward", "backward", "both")
 
 LAYERS = {"conv2d + tanh": False, "conv2d + batch norm + ReLU": True}
-BLOCKS = ("spectriton", "spectriton tf32", "spectriton tf32 bf16 values") if CUDA else ("spectriton",)
+BLOCKS = ("spectriton", *(("spectriton tf32", "spectriton tf32 bf16 values") if CUDA else ("spectriton reference",)))
 VARIANTS = (
     (
         *(f"{layout}{numbers}" for numbers in ("fp32", "tf32", "bf16") for layout in ("", "cl ")),

@@ -39,12 +39,12 @@ def scatter(values: Tensor, mask: Tensor, out: Tensor) -> Tensor:
     return out.zero_().masked_scatter_(mask, values)
 
 
-@contenders("spectriton", "torch masked_scatter_", cuda=("spectriton reference",))
+@contenders("spectriton", "spectriton reference", "torch masked_scatter_")
 def test_unpack_rows(measure: Measure, contender: str) -> None:
     sizes = layout(SHAPE)
     rows = torch.arange(sizes.frequencies, device=DEVICE)
     threshold = threshold_for(torch.view_as_complex(spectrum_rows(SHAPE))[:, : sizes.row].abs(), DENSITY)
-    primitives = reference if contender == "spectriton reference" else backend(DEVICE)
+    primitives = backend(DEVICE)
 
     def unpack(values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
         return primitives.unpack_rows(values, scales, bitmap, offsets, rows, 0, sizes.tiles, out)
@@ -75,16 +75,13 @@ def scatter_int8(values: Tensor, mask: Tensor, scale: Tensor, out: Tensor) -> Te
     return scatter(torch.view_as_complex(values * scale), mask, out)
 
 
-@contenders(
-    *("spectriton int8", "spectriton int4", "torch masked_scatter_ int8"),
-    cuda=("spectriton reference int8",),
-)
+@contenders("spectriton int8", "spectriton int4", "spectriton reference int8", "torch masked_scatter_ int8")
 def test_unpack_rows_of_low_bits(measure: Measure, contender: str) -> None:
     sizes = layout(SHAPE)
     rows = torch.arange(sizes.frequencies, device=DEVICE)
     threshold = threshold_for(torch.view_as_complex(spectrum_rows(SHAPE))[:, : sizes.row].abs(), DENSITY)
     value_dtype = "int4" if "int4" in contender else "int8"
-    primitives = reference if "reference" in contender else backend(DEVICE)
+    primitives = backend(DEVICE)
 
     def unpack(values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
         return primitives.unpack_rows(values, scales, bitmap, offsets, rows, 0, sizes.tiles, out)
@@ -136,7 +133,7 @@ def scatter_and_transform(values: Tensor, mask: Tensor) -> Tensor:
     return torch.fft.irfft2(scatter_new(values, mask), s=SHAPE[2:], norm="ortho")
 
 
-@contenders("spectriton", "torch masked_scatter_")
+@contenders("spectriton", "spectriton reference", "torch masked_scatter_")
 def test_unpack(measure: Measure, contender: str) -> None:
     threshold = threshold_of_maps()
 
@@ -147,7 +144,7 @@ def test_unpack(measure: Measure, contender: str) -> None:
         half = ops.unpack(spectra(number, threshold)[1])
         return half.masked_select(half != 0), half != 0
 
-    call, inputs = (ops.unpack, packed) if contender == "spectriton" else (scatter_new, masked)
+    call, inputs = (scatter_new, masked) if contender.startswith("torch") else (ops.unpack, packed)
     x, spectrum = spectra(0, threshold)
     half = torch.fft.rfft2(x, norm="ortho")
     dropped = error(call(*inputs(0)), half)
@@ -157,7 +154,7 @@ def test_unpack(measure: Measure, contender: str) -> None:
     measure(f"unpack {SHAPE} at density {DENSITY}", contender, call, inputs, spectrum.nbytes + nbytes(half))
 
 
-@contenders("spectriton", "torch masked_scatter_ + irfft2")
+@contenders("spectriton", "spectriton reference", "torch masked_scatter_ + irfft2")
 def test_to_spatial(measure: Measure, contender: str) -> None:
     threshold = threshold_of_maps()
 
@@ -168,7 +165,7 @@ def test_to_spatial(measure: Measure, contender: str) -> None:
         half = ops.unpack(spectra(number, threshold)[1])
         return half.masked_select(half != 0), half != 0
 
-    call, inputs = (ops.to_spatial, packed) if contender == "spectriton" else (scatter_and_transform, masked)
+    call, inputs = (scatter_and_transform, masked) if contender.startswith("torch") else (ops.to_spatial, packed)
     x, spectrum = spectra(0, threshold)
     wanted = torch.fft.irfft2(ops.unpack(spectrum), s=SHAPE[2:], norm="ortho")
     assert error(wanted, x) < 0.5

@@ -20,7 +20,7 @@ Every benchmark checks its contenders before it times them. What is measured, an
 ``BENCH_THREADS=2``      threads of torch; by default all there are, and one in a quick run (which other work on the
                          machine then disturbs less)
 ``BENCH_COMMIT=abc1234`` what to call the commit where there is no git (a copied tree)
-``SPECTRITON_BACKEND``   ``reference`` times the plain PyTorch implementation on a GPU, too
+``SPECTRITON_BACKEND``   another backend for the contenders that name none; "spectriton reference" stands beside them
 ======================== ===============================================================================================
 """
 
@@ -31,7 +31,7 @@ from typing import Any
 
 import pytest
 
-from bench.timing import DEVICE, LIMIT, Measure, out_of_time, stopwatch
+from bench.timing import DEVICE, LIMIT, Measure, environment, out_of_time, stopwatch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,6 +61,17 @@ def in_time() -> None:
     """Skips what begins too late."""
     if out_of_time():
         pytest.skip(f"BENCH_SECONDS={LIMIT:g} are over")
+
+
+@pytest.fixture(autouse=True)
+def backend_of_contender(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contender that names the reference runs on it, in its checks, too."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    default = environment()["backend"]  # noted before it is changed
+    if "reference" in str(parameters.get("contender", "")).split():
+        if default == "reference":
+            pytest.skip("it is what runs by default here")
+        monkeypatch.setenv("SPECTRITON_BACKEND", "reference")
 
 
 @pytest.fixture

@@ -69,7 +69,11 @@ def by_size(cuda: T, cpu: T, quick: T) -> T:
 
 
 def contenders(*everywhere: str, cuda: tuple[str, ...] = ()) -> Any:
-    """Parametrises a benchmark over contenders, some of which only run on a GPU."""
+    """Parametrises a benchmark over contenders, some of which only run on a GPU.
+
+    "spectriton" is what runs by default, which the conditions of a table name; "spectriton reference" is the same in
+    plain PyTorch: see ``backend_of_contender`` in ``bench/conftest.py``.
+    """
     return pytest.mark.parametrize("contender", [*everywhere, *(cuda if CUDA else ())])
 
 

@@ -54,7 +54,7 @@ class NativeBackend(Backend):
         pattern: RowPattern | None = None,
     ) -> Tensor:
         """As the reference's."""
-        if not _takes(out, values):
+        if not _takes(out, values, scales, bitmap, offsets):
             return reference.unpack_rows(values, scales, bitmap, offsets, rows, t0, t1, out, pattern)
         native.expand_rows(Part.of(bitmap, rows, t0, t1, offsets, values.shape[0]), values, scales, out)
         return out
@@ -70,7 +70,7 @@ class NativeBackend(Backend):
         pattern: RowPattern | None = None,
     ) -> Tensor:
         """As the reference's."""
-        if not _takes(y, out) or out.dtype != torch.float32:
+        if not _takes(y, out, bitmap, offsets) or out.dtype != torch.float32:
             return reference.gather_rows(y, bitmap, offsets, rows, t0, out, pattern)
         t1 = t0 + y.shape[1] // (bitmap.shape[2] * 8)
         native.gather_rows(Part.of(bitmap, rows, t0, t1, offsets, out.shape[0]), y, out)
@@ -141,7 +141,7 @@ class NativeBackend(Backend):
         t0: int = 0,
     ) -> None:
         """As the reference's."""
-        if not _takes(y, values):
+        if not _takes(y, values, bitmap, offsets):
             reference.store_rows(y, bitmap, offsets, rows, values, scales, pattern, t0)
             return
         if values.dtype == y.dtype:
@@ -158,6 +158,8 @@ class NativeBackend(Backend):
 
     def reorder(self, values: Tensor, starts: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
         """As the reference's."""
+        if not values.is_contiguous():
+            return reference.reorder(values, starts, counts, targets)
         out = torch.empty_like(values)
         native.move_runs(values, starts, targets, counts, out)
         return out
@@ -177,7 +179,7 @@ class NativeBackend(Backend):
         index: TileIndex | None = None,
     ) -> Tensor:
         """As the reference's."""
-        if not _takes(out, values):
+        if not _takes(out, values, scales, bitmap, offsets):
             return reference.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, count, row_scale, out, index)
         half = out.view(count, -1, 2)
         part = Part.of(bitmap, slice(0, grid.count), t0, t1, offsets, values.shape[0])
@@ -221,7 +223,7 @@ class NativeBackend(Backend):
         index: TileIndex,
     ) -> None:
         """As the reference's."""
-        if not _takes(out, values):
+        if not _takes(out, values, scales, bitmap, offsets):
             reference.expand_parts(values, scales, bitmap, offsets, grid, t0, t1, weighted, by, out, index)
             return
         filled = index.filled
@@ -241,7 +243,7 @@ class NativeBackend(Backend):
         index: TileIndex,
     ) -> None:
         """As the reference's."""
-        if not _takes(parts, out):
+        if not _takes(parts, out, bitmap, offsets):
             reference.gather_parts(parts, bitmap, offsets, grid, t0, t1, by, out, index)
             return
         filled = index.filled
@@ -278,7 +280,7 @@ class NativeBackend(Backend):
         index: TileIndex | None,
     ) -> Tensor | None:
         """As the reference's."""
-        if index is None or not index.ordered or not _takes(out, grad):
+        if index is None or not index.ordered or not _takes(out, grad, values, scales, bitmap, offsets):
             return super().unpack_gradient_rows(
                 grad, values, scales, bitmap, offsets, rows, kind, scale, channels, out, index
             )

@@ -61,6 +61,16 @@ def _driver() -> str | None:
     return None
 
 
+def _native(device: torch.device | None) -> str | None:
+    if os.environ.get("SPECTRITON_BACKEND", "auto") not in ("auto", "native"):
+        return None
+    if device is not None and device.type != "cpu":
+        return None
+    from spectriton_native import library
+
+    return library.why_unavailable() or ("compiled for any processor" if library.portable() else "compiled")
+
+
 def collect(device: torch.device | None = None) -> dict[str, Any]:
     """Versions, device and settings, for reports and bug reports; holds no machine path and no host name.
 
@@ -71,15 +81,20 @@ def collect(device: torch.device | None = None) -> dict[str, Any]:
         A dictionary that JSON can hold: ``python``, ``torch``, ``triton``, ``numpy``, ``spectriton`` (versions,
         ``None`` where absent), ``platform``, ``gpu`` (name or ``None``), ``gpu_memory_bytes``, ``driver`` (version of
         the GPU's, where the system tells it), ``cuda`` (version of the torch build or ``None``), ``backend`` (what
-        runs on the device), ``backend_setting`` and ``workspace_mib`` (of ``SPECTRITON_BACKEND`` and
-        ``SPECTRITON_WORKSPACE_MIB``, ``None`` where unset), ``workspace_bytes`` (the bound on the device), ``threads``,
-        ``tuning`` (see :func:`spectriton.tuning.describe`).
+        runs on the device), ``native`` (whether the C functions are compiled, see below), ``backend_setting`` and
+        ``workspace_mib`` (of ``SPECTRITON_BACKEND`` and ``SPECTRITON_WORKSPACE_MIB``, ``None`` where unset),
+        ``workspace_bytes`` (the bound on the device), ``threads``, ``tuning`` (see
+        :func:`spectriton.tuning.describe`).
+
+        ``native`` is ``"compiled"``, ``"compiled for any processor"`` or why they are not; it is ``None``, and nothing
+        is compiled to find out, where ``SPECTRITON_BACKEND`` asks for others or ``device`` is a GPU.
 
     Raises:
         ValueError: ``SPECTRITON_BACKEND`` or ``SPECTRITON_WORKSPACE_MIB`` is set to what it cannot be.
     """
     versions = {package: _version(package) for package in _PACKAGES}
     versions["torch"] = str(torch.__version__)  # with the build, which the metadata of some wheels lack
+    native = _native(device)
     has_gpu = torch.cuda.is_available()
     if device is None:
         device = torch.device("cuda" if has_gpu else "cpu")
@@ -94,6 +109,7 @@ def collect(device: torch.device | None = None) -> dict[str, Any]:
         "driver": _driver(),
         "cuda": torch.version.cuda,
         "backend": backend_name(device),
+        "native": native,
         "backend_setting": os.environ.get("SPECTRITON_BACKEND"),
         "workspace_mib": os.environ.get("SPECTRITON_WORKSPACE_MIB"),
         "workspace_bytes": workspace_bytes(None, device),

@@ -130,7 +130,7 @@ def violations(source: str, module: str, package: bool, known: set[str]) -> list
     allowed = MAY_IMPORT_BY_MODULE.get(last, MAY_IMPORT[own]) if own == "application" else MAY_IMPORT[own]
     for line, target in imports(source, module, package, known):
         top = target.split(".")[0]
-        if top in ("spectriton", "spectriton_kernels"):
+        if top in ("spectriton", "spectriton_kernels", "spectriton_native"):
             other = layer(target)
             # Applications may use one another, but for those with a list of their own.
             same = other == own and not (own == "application" and last in MAY_IMPORT_BY_MODULE and target != module)
@@ -164,6 +164,8 @@ def test_imports_run_one_way(path):
         ("spectriton.ops.pack", "from spectriton import nn", True),
         ("spectriton.nn.blocks", "from spectriton import ops, packed", False),
         ("spectriton.nn.blocks", "from spectriton.reference import pack", True),
+        ("spectriton.nn.blocks", "import spectriton_native", True),
+        ("spectriton_native.rows", "from spectriton import reference", True),
         ("spectriton.nn.blocks", "from spectriton import models", True),
         ("spectriton.models.vgg", "from spectriton import nn as snn", False),
         ("spectriton.models.vgg", "from spectriton import train", True),
@@ -210,11 +212,15 @@ def flags():
 
 before = flags()
 torch_modules = set(sys.modules)
+started = []
+STARTS = ("subprocess.Popen", "os.system", "os.fork", "os.posix_spawn", "os.exec", "ctypes.dlopen")
+sys.addaudithook(lambda event, arguments: started.append(event) if event in STARTS else None)
 import spectriton
 from spectriton import PackedSpectrum, memory, models, nn, ops, tuning
 new = {name.partition(".")[0] for name in set(sys.modules) - torch_modules}
 print(json.dumps({
     "before": before, "after": flags(), "new": sorted(new), "cuda": torch.cuda.is_initialized(),
+    "started": started,
     "dispatch": len(torch.utils._python_dispatch._get_current_dispatch_mode_stack()),
 }))
 """
@@ -229,7 +235,9 @@ def test_import_has_no_side_effects():
     assert seen["after"] == seen["before"]
     assert seen["cuda"] is False
     assert seen["dispatch"] == 0
+    assert not seen["started"], "importing spectriton runs a program or loads a library"
     assert not EXTRAS & set(seen["new"]), "importing spectriton imports what only its extras install"
     assert "spectriton_kernels" not in seen["new"], (
         "importing spectriton imports the kernels, and so fixes triton's mode"
     )
+    assert "spectriton_native" not in seen["new"], "the C functions are for those who call them"

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectriton_native.library import function
+from spectriton_native.library import function, portable
 
 #: Formats of stored values, as ``csrc/pairs.h`` numbers them.
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
 
 
-_functions: dict[str, Any] = {}
+_functions: dict[tuple[str, bool], Any] = {}
 
 
 def call(name: str, *arguments: Any, result: Any = None) -> Any:
@@ -22,9 +22,10 @@ def call(name: str, *arguments: Any, result: Any = None) -> Any:
 
     The first call says for all of what kinds the arguments are.
     """
-    found = _functions.get(name)
+    key = name, portable()
+    found = _functions.get(key)
     if found is None:
-        found = _functions[name] = function(name, (*map(_kind, arguments), ctypes.c_int64), result)
+        found = _functions[key] = function(name, (*map(_kind, arguments), ctypes.c_int64), result)
     return found(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
 
 

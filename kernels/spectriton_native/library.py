@@ -1,9 +1,13 @@
 """The C functions of ``csrc/``, compiled for this processor by the system's compiler on first use, and kept.
 
 The library goes to ``~/.cache/spectriton/native/`` (or below ``XDG_CACHE_HOME``), under a name made of the sources, the
-processor and the options, so that another version or machine finds its own. Where the folder cannot be written, it is
-compiled anew in each process. Threads are those of the OpenMP runtime that PyTorch has loaded; without one there is
-one thread.
+processor and the options, so that another version or machine finds its own. Where nothing can be written or loaded
+there, it is compiled anew in each process. Threads are those of the OpenMP runtime that PyTorch has loaded; without one
+there is one thread.
+
+``SPECTRITON_NATIVE_PORTABLE=1`` compiles for any processor of the machine's kind: without instructions that only some
+have, by the branches of the sources that are meant for all. It is read at every call, and both libraries can be used
+side by side.
 """
 
 from __future__ import annotations
@@ -12,34 +16,58 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 SOURCES = Path(__file__).parent / "csrc"
-_OPTIONS = ("-O3", "-std=c11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+PORTABLE = "SPECTRITON_NATIVE_PORTABLE"
+# A product and a sum are rounded one by one, as the reference rounds them.
+_OPTIONS = ("-O3", "-std=c11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 _FOR_THIS_PROCESSOR = {"x86_64": "-march=native"}.get(platform.machine(), "-mcpu=native")
+# For everything that is tried.
 _SECONDS = 300
 
 
 class Unavailable(RuntimeError):
-    """There is no compiled library; the message says why."""
+    """There is no compiled library; the message says why, in one line without paths."""
 
 
-def compilers() -> list[str]:
-    """Commands to try, ``CC`` first."""
-    names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
-    return list(dict.fromkeys(name for name in names if name and shutil.which(name.split()[0])))
+class Failed(Unavailable):
+    """There is a compiler, but what it is needed for fails."""
 
 
-def cache_directory() -> Path:
-    """Where compiled libraries are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "spectriton" / "native"
+def portable() -> bool:
+    """Whether ``SPECTRITON_NATIVE_PORTABLE`` asks for the library that every processor can run."""
+    return os.environ.get(PORTABLE, "0") not in ("", "0")
+
+
+def compilers() -> list[tuple[str, ...]]:
+    """Commands to try: what ``CC`` says, which may have arguments, then the usual names."""
+    chosen = os.environ.get("CC", "")
+    try:
+        commands = [[chosen] if shutil.which(chosen) else shlex.split(chosen), ["cc"], ["gcc"], ["clang"]]
+    except ValueError as error:
+        raise Failed(f"what CC says is no command: {error}") from error
+    # In full, for they run in another folder.
+    found = [(os.path.abspath(shutil.which(words[0]) or ""), *words[1:]) for words in commands if words]
+    return list(dict.fromkeys(words for words in found if os.path.isfile(words[0])))
+
+
+def cache_directory() -> Path | None:
+    """Where compiled libraries are kept; None where there is no home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    path = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "spectriton" / "native"
+    return path if path.is_absolute() else None
 
 
 def _processor() -> str:
@@ -59,92 +87,162 @@ def _has_openmp() -> bool:
     return hasattr(ctypes.CDLL(None), "GOMP_parallel")
 
 
-def _variants() -> list[tuple[str, ...]]:
+def _variants(portable: bool) -> list[tuple[str, ...]]:
     """Further options to try, the best first."""
-    threads = [("-fopenmp",)] if _has_openmp() else []
-    return [(_FOR_THIS_PROCESSOR, *openmp) for openmp in (*threads, ())] + [()]
+    processors = [()] if portable else [(_FOR_THIS_PROCESSOR,), ()]
+    threads = [("-fopenmp",), ()] if _has_openmp() else [()]
+    return [(*processor, *openmp) for processor in processors for openmp in threads]
 
 
-def _compile(compiler: str, options: tuple[str, ...], target: Path) -> None:
-    """Write a library to ``target``; all of it, or nothing.
+def _file_name(portable: bool) -> str:
+    """Of the library."""
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))))
+    processor = platform.machine() if portable else _processor()
+    key.update(repr((_OPTIONS, _variants(portable), os.environ.get("CC"), processor)).encode())
+    return f"{key.hexdigest()[:24]}.so"
+
+
+def _compile(compiler: tuple[str, ...], options: tuple[str, ...], directory: Path, deadline: float) -> Path:
+    """Writes a library to ``directory``, with the digest of its content at its end.
 
     Raises:
-        Unavailable: the compiler fails, or what it makes cannot be loaded.
+        Failed: the compiler fails.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-        objects, made = [], Path(directory) / target.name
-        for source in sorted(SOURCES.glob("*.c")):
-            objects.append(str(Path(directory) / f"{source.stem}.o"))
-            _run([*compiler.split(), *_OPTIONS, *options, "-c", str(source), "-o", objects[-1]])
-        # OpenMP's symbols are left open, so that they are found in the runtime that is already there.
-        _run([*compiler.split(), "-shared", *objects, "-lm", "-o", str(made)])
-        _open(made)
-        os.replace(made, target)
+    sources = sorted(SOURCES.glob("*.c"))
+    objects = [f"{source.stem}.o" for source in sources]
+
+    def compile_one(source: Path, target: str) -> None:
+        _run([*compiler, *_OPTIONS, *options, "-c", str(source), "-o", target], directory, deadline)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, sources, objects))
+    made = directory / "library.so"
+    # OpenMP's symbols are left open, so that they are found in the runtime that is already there.
+    _run([*compiler, "-shared", *objects, "-lm", "-o", made.name], directory, deadline)
+    made.write_bytes(_with_digest(made.read_bytes()))
+    return made
 
 
-def _run(command: list[str]) -> None:
+def _with_digest(content: bytes) -> bytes:
+    """What is kept: loaders pass over what follows a library."""
+    return content + hashlib.sha256(content).digest()
+
+
+def _run(command: list[str], directory: Path, deadline: float) -> None:
+    name, left = Path(command[0]).name, deadline - time.monotonic()
+    if left <= 0:
+        raise Failed(f"{name} takes too long")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]} could not be run: {error}") from error
+        done = subprocess.run(
+            command,
+            cwd=directory,
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=left,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"{name} takes too long") from error
+    except OSError as error:
+        raise Failed(f"{name} cannot be run: {error.strerror}") from error
     if done.returncode:
-        raise Unavailable(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+        raise Failed(f"{name} failed: {_problem(done.stderr)}")
+
+
+def _problem(printed: str) -> str:
+    """The line of what a compiler printed that says what is wrong, without the paths of files."""
+    lines = printed.split("\n")
+    line = next((line[line.index("error") :] for line in lines if "error" in line), lines[0])
+    return re.sub(r"(/[^\s/:'\"]+)+/", "", line).strip()[:200] or "it does not say why"
 
 
 def _open(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
     except OSError as error:
-        raise Unavailable(f"the compiled library cannot be loaded: {error}") from error
+        raise Failed(f"the compiled library cannot be loaded: {str(error).replace(str(path), path.name)}") from error
 
 
-def _find_or_compile() -> ctypes.CDLL:
-    if sys.platform != "linux":
+def _open_kept(path: Path) -> ctypes.CDLL | None:
+    """The library that was kept, if it is there and as it was: loading a part of one can end the process."""
+    try:
+        content = path.read_bytes()
+        return _open(path) if content == _with_digest(content[:-32]) else None
+    except (OSError, Unavailable):
+        return None
+
+
+def _compile_below(parent: Path | None, name: str, portable: bool, deadline: float) -> ctypes.CDLL:
+    """The library, compiled by the first compiler and options that do; kept in ``parent`` as ``name``.
+
+    Where ``parent`` is None it is not kept. Other processes find all of it or nothing.
+
+    Raises:
+        Failed: none does.
+        OSError: nothing can be written there.
+    """
+    problem: Failed | None = None
+    with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as directory:
+        for compiler in compilers():
+            for options in _variants(portable):
+                try:
+                    made = _compile(compiler, options, Path(directory), deadline)
+                    library = _open(made)
+                except Failed as error:
+                    problem = problem or error
+                    continue
+                if parent is not None:
+                    os.replace(made, parent / name)
+                return library
+    raise problem or Failed("there is nothing to try")
+
+
+def _find_or_compile(portable: bool) -> ctypes.CDLL:
+    if sys.platform != "linux":  # elsewhere nobody has tried, and macOS answers a call of cc by a dialogue
         raise Unavailable(f"it is for Linux, this is {sys.platform}")
-    candidates = compilers()
-    text = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    key = hashlib.sha256(text)
-    key.update(repr((_OPTIONS, _variants(), candidates, _processor())).encode())
-    kept = cache_directory() / f"{key.hexdigest()[:24]}.so"
-    if kept.exists():
+    if not any(SOURCES.glob("*.c")):
+        raise Failed("its sources are missing: install spectriton again")
+    name, cache = _file_name(portable), cache_directory()
+    kept = None if cache is None else _open_kept(cache / name)
+    if kept is not None:
+        return kept
+    if not compilers():
+        raise Unavailable("there is no C compiler (cc, gcc, clang, or what CC says)")
+    problem: Failed | None = None
+    deadline = time.monotonic() + _SECONDS
+    for parent in dict.fromkeys((cache, None)):
         try:
-            return _open(kept)
-        except Unavailable:  # damaged: compiled again
-            pass
-    if not candidates:
-        raise Unavailable("there is no C compiler (cc, gcc, clang, or CC)")
-    problem: Unavailable | None = None
-    for compiler in candidates:
-        for options in _variants():
-            try:
-                return _compiled(compiler, options, kept)
-            except Unavailable as error:
-                problem = problem or error
-    raise problem or Unavailable("it could not be compiled")
+            if parent is not None:
+                parent.mkdir(parents=True, exist_ok=True)
+            return _compile_below(parent, name, portable, deadline)
+        except OSError as error:
+            problem = problem or Failed(f"there is no folder to compile in: {error.strerror}")
+        except Failed as error:
+            problem = error
+    raise problem or Failed("there is no folder to compile in")
 
 
-def _compiled(compiler: str, options: tuple[str, ...], kept: Path) -> ctypes.CDLL:
+@lru_cache(maxsize=2)
+def _loaded(portable: bool) -> ctypes.CDLL | Unavailable:
     try:
-        _compile(compiler, options, kept)
-        return _open(kept)
-    except OSError:  # the folder cannot be written
-        with tempfile.TemporaryDirectory() as directory:
-            _compile(compiler, options, Path(directory) / kept.name)
-            return _open(Path(directory) / kept.name)
-
-
-@lru_cache(maxsize=1)
-def _loaded() -> ctypes.CDLL | Unavailable:
-    try:
-        return _find_or_compile()
+        return _find_or_compile(portable)
+    except Failed as error:
+        warnings.warn(
+            f"spectriton: the C functions for CPUs cannot be had: {error}; plain PyTorch does their work, more slowly. "
+            "Mend the compiler or set CC, or choose plain PyTorch by SPECTRITON_BACKEND=reference",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return error
     except Unavailable as error:
         return error
 
 
 def why_unavailable() -> str | None:
-    """Why there is no library, or None where there is one; compiles it the first time."""
-    loaded = _loaded()
+    """Why there is no library, in one line without paths, or None where there is one; compiles it the first time."""
+    loaded = _loaded(portable())
     return str(loaded) if isinstance(loaded, Unavailable) else None
 
 
@@ -154,9 +252,9 @@ def function(name: str, arguments: tuple[Any, ...], result: Any = None) -> Any:
     Raises:
         Unavailable: there is no library.
     """
-    loaded = _loaded()
+    loaded = _loaded(portable())
     if isinstance(loaded, Unavailable):
         raise loaded
-    found = getattr(loaded, name)
+    found = loaded[name]  # not the attribute, which all callers share, whatever types they pass
     found.argtypes, found.restype = list(arguments), result
     return found

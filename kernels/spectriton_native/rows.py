@@ -46,7 +46,7 @@ class Part(ctypes.Structure):
             base: what offsets are counted from.
             local: see ``offsets``.
         """
-        numbers = rows if isinstance(rows, Tensor) else None
+        numbers = rows.contiguous() if isinstance(rows, Tensor) else None
         part = Part(
             bitmap.data_ptr(),
             None if offsets is None else offsets.data_ptr(),
@@ -106,7 +106,7 @@ def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor
     if isinstance(threshold, Tensor):
         bounds, channels = _going_on(threshold.square()), threshold.numel()
     else:
-        bound = float(threshold) ** 2
+        bound = float(threshold * threshold)  # a power that is too large is an error
     return starts, call("threshold_rows", part, y, length, bounds, channels, bound, starts, result=ctypes.c_int64)
 
 

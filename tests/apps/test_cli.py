@@ -189,6 +189,23 @@ def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     assert "SPECTRITON_BACKEND" in capsys.readouterr().err
 
 
+def test_env_tells_of_the_c_functions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPECTRITON_BACKEND", "auto")
+    monkeypatch.setenv("SPECTRITON_NATIVE_PORTABLE", "0")
+    for reason, shown in ((None, "compiled"), ("cc failed: error: none", "cc failed: error: none")):
+        monkeypatch.setattr("spectriton_native.library.why_unavailable", lambda reason=reason: reason)
+        monkeypatch.setattr("spectriton_native.why_unavailable", lambda reason=reason: reason)
+        found = environment.collect(torch.device("cpu"))
+        assert found["native"] == shown and found["backend"] == ("reference" if reason else "native")
+        assert run("env") == 0
+        assert shown in capsys.readouterr().out
+    monkeypatch.setattr("spectriton_native.library.why_unavailable", lambda: pytest.fail("nobody asked for them"))
+    monkeypatch.setenv("SPECTRITON_BACKEND", "reference")
+    assert environment.collect()["native"] is None
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     printed = capsys.readouterr().out

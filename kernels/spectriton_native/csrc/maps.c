@@ -20,10 +20,10 @@ INLINE int expand_parts_as(const Part *part, const uint8_t *values, const float 
                 continue;
             }
             const uint8_t *bits = bitmap_of(part, i, t), *source = values + start * stored_bytes(format);
-            const float factor = factors[row] * (format >= INT8 ? scales[row * part->tiles + t] : 1);
+            const float factor = factors[row], scale = format >= INT8 ? scales[row * part->tiles + t] : 1;
             for (int64_t p = first; p < first + 8 * bytes && p < planes; p += 8, bits++) {
                 float pairs[16], re[8], im[8];
-                expand(source, *bits, format, 1, pairs);
+                expand(source, *bits, format, scale, pairs);
                 source += __builtin_popcount(*bits) * stored_bytes(format);
                 split(pairs, re, im);
                 const int64_t some = planes - p;
@@ -154,16 +154,18 @@ INLINE int expand_planes_as(const Part *part, const uint8_t *values, const float
                 continue;
             }
             const uint8_t *bits = bitmap_of(part, i, t), *source = values + start * stored_bytes(format);
-            const float factor =
-                (factors ? factors[row] : 1) * (format >= INT8 ? scales[row * part->tiles + t] : 1);
+            const float factor = factors ? factors[row] : 1, scale = format >= INT8 ? scales[row * part->tiles + t] : 1;
             float *column = target + index[row] * 2;
-            for (int64_t j = 0; j < bytes; j++, column += 16 * half)
-                for (unsigned kept = bits[j]; kept; kept &= kept - 1, source += stored_bytes(format)) {
+            for (int64_t j = 0; j < bytes && 8 * j < left; j++, column += 16 * half) {
+                /* There are no planes for bits beyond the last one. */
+                unsigned kept = left - 8 * j >= 8 ? bits[j] : bits[j] & ((1u << (left - 8 * j)) - 1);
+                for (; kept; kept &= kept - 1, source += stored_bytes(format)) {
                     float *pair = column + __builtin_ctz(kept) * half * 2, re, im;
                     read_pair(source, format, &re, &im);
-                    pair[0] = re * factor;
-                    pair[1] = im * factor;
+                    pair[0] = re * scale * factor;
+                    pair[1] = im * scale * factor;
                 }
+            }
         }
     }
     return missing;

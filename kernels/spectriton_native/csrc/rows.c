@@ -280,7 +280,9 @@ INLINE int read_rows_as(const Part *part, const uint8_t *values, const float *sc
     for (int64_t i = 0; i < part->row_count; i++)
         for (int64_t t = part->t0; t < part->t1; t++) {
             const int64_t count = count_bits(bitmap_of(part, i, t), part->tile_bytes), start = start_of(part, i, t);
-            if (start < 0 || (count && start < first)) {
+            if (count == 0)
+                continue;
+            if (start < first) { /* which is not negative */
                 missing = 1;
                 continue;
             }
@@ -318,7 +320,7 @@ int place_values(const Part *part, const uint8_t *values, const int32_t *starts,
             const int64_t count = count_bits(bitmap_of(part, i, t), part->tile_bytes);
             if (start < 0)
                 missing = 1;
-            else
+            else if (count)
                 memcpy(out + start * bytes, values + starts[i * tiles + t - part->t0] * bytes, count * bytes);
         }
     return missing;

@@ -41,21 +41,11 @@ INLINE lanes add_product(lanes sum, float factor, lanes x)
 #endif
 }
 
-INLINE lanes negative(lanes x)
-{
-    return (lanes){{-x.v[0], -x.v[1]}};
-}
-
-/* The planes of a block, as many as there are; `whole` is a constant. */
+/* The planes of a block, as many as there are; `whole`, a constant, says that it is full. */
 INLINE lanes load(const float *source, int64_t planes, const int whole)
 {
-    lanes x;
-    if (whole) {
-        memcpy(&x, source, sizeof x);
-    } else {
-        memset(&x, 0, sizeof x);
-        memcpy(&x, source, planes * sizeof(float));
-    }
+    lanes x = {{{0}, {0}}};
+    memcpy(&x, source, whole ? sizeof x : planes * sizeof(float));
     return x;
 }
 
@@ -64,44 +54,61 @@ INLINE void store(lanes x, float *target, int64_t planes, const int whole)
     memcpy(target, &x, whole ? sizeof x : planes * sizeof(float));
 }
 
-/* A matrix (rows, terms) within a larger one: every `step`-th of its columns, `pitch` floats from one row to the next. */
-typedef struct {
-    const float *data;
-    int64_t pitch, step;
-} Matrix;
-
-/* Some rows of a product: out[k * step] = sum over i of matrix[k, i] x[i * step of the matrix]. */
-INLINE void some_rows(Matrix matrix, const lanes *x, int64_t terms, lanes *out, int64_t step, const int rows)
+/* Some rows of a product: out[k * apart] = sum over i of matrix[k * pitch + i * step] x[i * step]. All but the matrix and
+   its size are constants. */
+INLINE void some_rows(const float *matrix, int64_t pitch, const lanes *x, int64_t terms, lanes *out, const int step,
+                      const int apart, const int rows)
 {
     lanes sums[8]; /* of the size of the rows it would be memory */
     for (int k = 0; k < rows; k++)
         sums[k] = (lanes){{{0}, {0}}};
-    for (int64_t i = 0; i < terms; i++) {
-        const lanes term = x[i * matrix.step];
+    for (int64_t i = 0; i < terms * step; i += step) {
+        const lanes term = x[i];
         for (int k = 0; k < rows; k++)
-            sums[k] = add_product(sums[k], matrix.data[k * matrix.pitch + i * matrix.step], term);
+            sums[k] = add_product(sums[k], matrix[k * pitch + i], term);
     }
     for (int k = 0; k < rows; k++)
-        out[k * step] = sums[k];
+        out[k * apart] = sums[k];
 }
 
-/* out (rows,), `step` apart, = matrix (rows, terms) times x (terms,), as far apart as the columns of the matrix. */
-INLINE void product(Matrix matrix, const lanes *x, int64_t terms, lanes *out, int64_t step, int64_t rows)
+INLINE void product(const float *matrix, int64_t pitch, const lanes *x, int64_t terms, lanes *out, int64_t rows,
+                    const int step, const int apart)
 {
-    for (; rows >= 8; rows -= 8, matrix.data += 8 * matrix.pitch, out += 8 * step)
-        some_rows(matrix, x, terms, out, step, 8);
+    for (; rows >= 8; rows -= 8, matrix += 8 * pitch, out += 8 * apart)
+        some_rows(matrix, pitch, x, terms, out, step, apart, 8);
     if (rows & 4) {
-        some_rows(matrix, x, terms, out, step, 4);
-        matrix.data += 4 * matrix.pitch;
-        out += 4 * step;
+        some_rows(matrix, pitch, x, terms, out, step, apart, 4);
+        matrix += 4 * pitch;
+        out += 4 * apart;
     }
     if (rows & 2) {
-        some_rows(matrix, x, terms, out, step, 2);
-        matrix.data += 2 * matrix.pitch;
-        out += 2 * step;
+        some_rows(matrix, pitch, x, terms, out, step, apart, 2);
+        matrix += 2 * pitch;
+        out += 2 * apart;
     }
     if (rows & 1)
-        some_rows(matrix, x, terms, out, step, 1);
+        some_rows(matrix, pitch, x, terms, out, step, apart, 1);
+}
+
+/* They stand in many places: inlined, they would take a compiler minutes. */
+#define OUTLINE static __attribute__((noinline)) void
+
+/* out (rows,) = matrix (rows, terms), `pitch` floats a row, times x (terms,). */
+OUTLINE product_of_all(const float *matrix, int64_t pitch, const lanes *x, int64_t terms, lanes *out, int64_t rows)
+{
+    product(matrix, pitch, x, terms, out, rows, 1, 1);
+}
+
+/* Every second of `out`. */
+OUTLINE product_to_half(const float *matrix, int64_t pitch, const lanes *x, int64_t terms, lanes *out, int64_t rows)
+{
+    product(matrix, pitch, x, terms, out, rows, 1, 2);
+}
+
+/* Of every second column and term. */
+OUTLINE product_of_half(const float *matrix, int64_t pitch, const lanes *x, int64_t terms, lanes *out, int64_t rows)
+{
+    product(matrix, pitch, x, terms, out, rows, 2, 1);
 }
 
 /* Sums over half a side n with its turns (k, i), i = 0 ... n / 2: out[k] = sum over i of turns[k, i] x[i].
@@ -112,7 +119,7 @@ INLINE void sums_of_half(const float *turns, int64_t n, const lanes *x, lanes *o
 {
     const int64_t half = n / 2 + 1, middle = n / 4;
     if (n % 2) {
-        product((Matrix){turns + sine, half, 1}, x + sine, half - sine, out, 1, count);
+        product_of_all(turns + sine, half, x + sine, half - sine, out, count);
         return;
     }
     lanes same[HALF / 2 + 1], opposite[HALF / 2 + 1];
@@ -129,8 +136,8 @@ INLINE void sums_of_half(const float *turns, int64_t n, const lanes *x, lanes *o
     const int64_t terms_same = middle + 1 - sine, terms_opposite = (n % 4 ? middle + 1 : middle) - sine;
     const lanes *of_even = sine ? opposite : same, *of_odd = sine ? same : opposite;
     const int64_t terms_even = sine ? terms_opposite : terms_same, terms_odd = sine ? terms_same : terms_opposite;
-    product((Matrix){turns + sine, 2 * half, 1}, of_even + sine, terms_even, out, 2, (count + 1) / 2);
-    product((Matrix){turns + half + sine, 2 * half, 1}, of_odd + sine, terms_odd, out + 1, 2, count / 2);
+    product_to_half(turns + sine, 2 * half, of_even + sine, terms_even, out, (count + 1) / 2);
+    product_to_half(turns + half + sine, 2 * half, of_odd + sine, terms_odd, out + 1, count / 2);
 }
 
 /* The adjoint, with turns (i, k): out[i] = sum over k of turns[i, k] x[k], i = 0 ... n / 2. */
@@ -138,12 +145,12 @@ INLINE void spread_to_half(const float *turns, int64_t n, const lanes *x, int64_
 {
     const int64_t half = n / 2 + 1, middle = n / 4;
     if (n % 2) {
-        product((Matrix){turns, count, 1}, x, count, out, 1, half);
+        product_of_all(turns, count, x, count, out, half);
         return;
     }
     lanes of_even[HALF / 2 + 1], of_odd[HALF / 2 + 1];
-    product((Matrix){turns, count, 2}, x, (count + 1) / 2, of_even, 1, middle + 1);
-    product((Matrix){turns + 1, count, 2}, x + 1, count / 2, of_odd, 1, middle + 1);
+    product_of_half(turns, count, x, (count + 1) / 2, of_even, middle + 1);
+    product_of_half(turns + 1, count, x + 1, count / 2, of_odd, middle + 1);
     for (int64_t i = 0; i <= middle; i++) {
         out[n / 2 - i] = sine ? subtract(of_odd[i], of_even[i]) : subtract(of_even[i], of_odd[i]);
         out[i] = add(of_even[i], of_odd[i]);
@@ -188,6 +195,7 @@ typedef struct {
 INLINE void parts_of_block(const Plan *by, const float *maps, float *parts, int64_t some, const int whole)
 {
     const int64_t height = by->height, width = by->width, planes = by->planes, bands = by->bands, columns = by->columns;
+    const lanes zero = {{{0}, {0}}};
     lanes line[SIDE], even[HALF], odd[HALF], lines[SIDE][2][HALF];
     for (int64_t h = 0; h < height; h++) {
         for (int64_t w = 0; w < width; w++)
@@ -209,7 +217,8 @@ INLINE void parts_of_block(const Plan *by, const float *maps, float *parts, int6
         for (int64_t k = 0; k < bands; k++) {
             float *at = parts + (row_at(k, 0, bands, height) * 2 * columns + x) * planes;
             store(subtract(from_even[0][k], from_odd[1][k]), at, some, whole);
-            store(negative(add(from_even[1][k], from_odd[0][k])), at + columns * planes, some, whole);
+            /* Of zeros that is zero, not minus zero. */
+            store(subtract(subtract(zero, from_even[1][k]), from_odd[0][k]), at + columns * planes, some, whole);
             if (has_mirror(k, height)) {
                 at = parts + (row_at(k, 1, bands, height) * 2 * columns + x) * planes;
                 store(add(from_even[0][k], from_odd[1][k]), at, some, whole);
