@@ -8,9 +8,11 @@ from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
 from spectriton_native.rows import (
     Part,
+    count_moduli,
     expand_rows,
-    gather_floats,
+    gather_channels,
     gather_rows,
+    index_tiles,
     move_runs,
     place_values,
     quantise,
@@ -19,17 +21,23 @@ from spectriton_native.rows import (
     threshold_rows,
     tile_starts,
 )
+from spectriton_native.transform import LARGEST_SIDE, maps_of_parts, parts_of_maps
 
 __all__ = [
+    "LARGEST_SIDE",
     "Part",
     "Unavailable",
+    "count_moduli",
     "expand_parts",
     "expand_planes",
     "expand_rows",
-    "gather_floats",
+    "gather_channels",
     "gather_parts",
     "gather_rows",
+    "index_tiles",
+    "maps_of_parts",
     "move_runs",
+    "parts_of_maps",
     "place_values",
     "quantise",
     "read_rows",
