@@ -16,7 +16,7 @@ from torch import Tensor
 from spectriton import reference, tuning
 from spectriton._mixing import EmbeddedMixing, Mixing
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference import RowPattern, TileIndex, bits, block_codec, max_pool
+from spectriton.reference import RowPattern, TileIndex, across, bits, block_codec, kept, max_pool
 from spectriton.reference.pattern import channel_of
 from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.reference.rounding import noise_key
@@ -123,6 +123,15 @@ class Backend:
     pool_maxima = staticmethod(max_pool.pool_maxima)
     pool_maxima_again = staticmethod(max_pool.pool_maxima_again)
     spread_maxima = staticmethod(max_pool.spread_maxima)
+    pool_across = staticmethod(across.pool_across)
+    spread_across = staticmethod(across.spread_across)
+    kept_rows = staticmethod(kept.kept_rows)
+    spread_kept = staticmethod(kept.spread_kept)
+    sum_places = staticmethod(kept.sum_places)
+    sum_kept = staticmethod(kept.sum_kept)
+    scale_kept = staticmethod(kept.scale_kept)
+    combine_kept = staticmethod(kept.combine_kept)
+    store_kept = staticmethod(kept.store_kept)
 
     def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
         """How blocks are coded, from what is stored beside the records. On a GPU the host does not wait for it."""

@@ -16,7 +16,8 @@ import spectriton_native as native
 from spectriton import reference
 from spectriton._backend import Backend
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference import RowPattern, TileIndex, activate, activate_backward
+from spectriton.reference import RowPattern, TileIndex, across, activate, activate_backward
+from spectriton.reference.kept import KeptRows
 from spectriton.reference.transform import Products, products, turns
 from spectriton.reference.unpack import fill_mirrors
 from spectriton_native import Part
@@ -307,10 +308,145 @@ class NativeBackend(Backend):
         native.expand_rows(chunk, kept.contiguous(), scales, out)
         return grad_scale
 
+    def pool_across(
+        self,
+        maps: Tensor,
+        windows: across.Windows,
+        out: Tensor,
+        codes: Tensor | None = None,
+        signs: Tensor | None = None,
+        affine: tuple[Tensor, Tensor] | None = None,
+        rectify: bool = False,
+    ) -> None:
+        """As the reference's."""
+        if maps.dtype != torch.float32:
+            across.pool_across(maps, windows, out, codes, signs, affine, rectify)
+            return
+        margin, bits = windows.margin, 0 if codes is None else windows.bits
+        maps = maps[:, margin : maps.shape[1] - margin, margin : maps.shape[2] - margin]
+        gain, shift = (None, None) if affine is None else (t.contiguous() for t in affine)
+        kernel, stride, _, tile, _ = windows
+        native.pool_across(maps, kernel, stride, bits, tile, out, codes, signs, gain, shift, rectify)
+
+    def spread_across(
+        self,
+        grad: Tensor,
+        windows: across.Windows,
+        size: list[int],
+        codes: Tensor | None = None,
+        signs: Tensor | None = None,
+    ) -> Tensor:
+        """As the reference's."""
+        if grad.dtype != torch.float32 or (codes is None and grad.stride(0) != 1):
+            return across.spread_across(grad, windows, size, codes, signs)
+        if codes is None:
+            out = inner = grad
+        else:
+            out = across.empty_across(grad, grad.shape[0], size)
+            if not (windows.apart and windows.cover(size, list(grad.shape[1:]))):
+                out.zero_()
+            margin = windows.margin
+            inner = out[:, margin : size[0] - margin, margin : size[1] - margin]
+        kernel, stride, bits, tile, _ = windows
+        bits = 0 if codes is None else bits
+        native.spread_across(grad, kernel, stride, bits, tile, codes, signs, windows.apart, inner)
+        return out
+
+    def kept_rows(
+        self, bitmap: Tensor, offsets: Tensor, rows: Tensor, index: TileIndex | None, dtype: torch.dtype
+    ) -> KeptRows:
+        """As the reference's, without a pattern where the functions take what is kept."""
+        if index is None or not index.ordered or dtype != torch.float32 or not rows.numel():
+            return super().kept_rows(bitmap, offsets, rows, index, dtype)
+        first, last = int(rows[0]), int(rows[-1])  # nothing is kept of those between that are left out
+        start, stop = int(index.starts[first, 0]), int(index.starts[last, -1] + index.counts[last, -1])
+        return KeptRows(bitmap, offsets, rows, slice(start, stop), None)
+
+    def spread_kept(self, kept: KeptRows, table: Tensor) -> Tensor:
+        """As the reference's."""
+        if kept.pattern is not None:
+            return super().spread_kept(kept, table)
+        out = table.new_empty(_count(kept))
+        native.gather_channels(_part(kept, local=True), table, 0, out)
+        return torch.view_as_real(torch.complex(out, out))
+
+    def sum_places(self, kept: KeptRows, numbers: Tensor) -> Tensor:
+        """As the reference's."""
+        if kept.pattern is not None:
+            return super().sum_places(kept, numbers)
+        sums = numbers.new_zeros(kept.places, 2)
+        native.sum_rows(_part(kept, local=True), numbers.contiguous(), sums)
+        return sums.sum(1)
+
+    def sum_kept(
+        self, kept: KeptRows, values: Tensor, scales: Tensor, weight: Tensor, numbers: Tensor | None
+    ) -> Tensor:
+        """As the reference's, added up in float64."""
+        if kept.pattern is not None:
+            return super().sum_kept(kept, values, scales, weight, numbers)
+        sums, numbers = torch.zeros(kept.places, dtype=torch.float64), None if numbers is None else numbers.contiguous()
+        native.sum_kept(_part(kept), values, scales, _first(kept), weight, numbers, sums)
+        return sums
+
+    def scale_kept(self, kept: KeptRows, values: Tensor, scales: Tensor, gain: Tensor) -> Tensor:
+        """As the reference's."""
+        if kept.pattern is not None:
+            return super().scale_kept(kept, values, scales, gain)
+        out = gain.new_empty(_count(kept), 2)
+        native.combine_kept(_part(kept), values, scales, _first(kept), gain, None, None, None, out)
+        return out
+
+    def combine_kept(
+        self,
+        kept: KeptRows,
+        numbers: Tensor,
+        factors: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        gain: Tensor | None,
+        weight: Tensor,
+        out: Tensor,
+    ) -> None:
+        """As the reference's."""
+        if kept.pattern is not None:
+            super().combine_kept(kept, numbers, factors, values, scales, gain, weight, out)
+            return
+        given = (gain, weight, numbers.contiguous(), factors, out)
+        native.combine_kept(_part(kept), values, scales, _first(kept), *given)
+
+    def store_kept(self, kept: KeptRows, numbers: Tensor, values: Tensor, scales: Tensor) -> None:
+        """As the reference's."""
+        if kept.pattern is not None:
+            super().store_kept(kept, numbers, values, scales)
+            return
+        if scales.numel():
+            starts, _ = native.tile_starts(_part(kept))
+            numbers, scales[kept.rows] = _quantised(numbers.contiguous(), starts, values.dtype)
+        values[kept.slots] = numbers
+
 
 def _takes(dense: Tensor, *others: Tensor) -> bool:
     """Whether the functions take these tensors: a dense one, whose precision counts, and others."""
     return dense.dtype == torch.float32 and all(t.is_contiguous() and not t.is_cuda for t in (dense, *others))
+
+
+def _first(kept: KeptRows) -> int:
+    """Where what is kept begins among the values."""
+    assert isinstance(kept.slots, slice)
+    return int(kept.slots.start)
+
+
+def _count(kept: KeptRows) -> int:
+    assert isinstance(kept.slots, slice)
+    return int(kept.slots.stop - kept.slots.start)
+
+
+def _part(kept: KeptRows, local: bool = False) -> Part:
+    """``local``: of numbers rather than of values."""
+    first, count, tiles = _first(kept), _count(kept), kept.offsets.shape[1]
+    if local:
+        return Part.of(kept.bitmap, kept.rows, 0, tiles, kept.offsets, count, base=first)
+    return Part.of(kept.bitmap, kept.rows, 0, tiles, kept.offsets, first + count)
 
 
 def _quantised(kept: Tensor, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

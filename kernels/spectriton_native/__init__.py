@@ -4,6 +4,8 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 (stored values in any format) on the CPU, contiguous, and check nothing but that values are where offsets say.
 """
 
+from spectriton_native.across import pool_across, spread_across
+from spectriton_native.kept import combine_kept, sum_kept
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
 from spectriton_native.rows import (
@@ -27,6 +29,7 @@ __all__ = [
     "LARGEST_SIDE",
     "Part",
     "Unavailable",
+    "combine_kept",
     "count_moduli",
     "expand_parts",
     "expand_planes",
@@ -39,9 +42,12 @@ __all__ = [
     "move_runs",
     "parts_of_maps",
     "place_values",
+    "pool_across",
     "quantise",
     "read_rows",
     "rows_of_parts",
+    "spread_across",
+    "sum_kept",
     "sum_rows",
     "threshold_rows",
     "tile_starts",

@@ -15,7 +15,6 @@ from torch.nn import functional
 from spectriton._backend import backend
 from spectriton._check import check_real_maps, fail
 from spectriton.frequencies import frequency_grid
-from spectriton.ops._across import empty_across, maxima_across, spread_across
 from spectriton.ops._arguments import check_rule, check_window, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
@@ -29,6 +28,7 @@ from spectriton.ops._planes import (
     unpack_maps,
 )
 from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
+from spectriton.reference.across import Windows, empty_across
 
 # Argmax positions are int64 on their way to a code; this many of them at a time stay in the cache.
 _CHUNK = 1 << 16
@@ -175,9 +175,10 @@ _max_pool2d.register_autograd(_max_autograd, setup_context=_max_setup)
 
 
 class _Pooling:
-    """Maximum of windows of chunks of the planes of packed maps.
+    """Maximum of windows of chunks of the planes of packed maps; maps may be scaled before, and rectified after it.
 
     Chunks begin at tiles of planes, which hold whole bytes of codes. Nothing is taken of the ``margin`` of the maps.
+    Windows of one element, with ``codes`` None, give the maps themselves.
     """
 
     def __init__(
@@ -188,9 +189,9 @@ class _Pooling:
         device: torch.device,
         margin: int = 0,
     ) -> None:
-        self._size, self._tile = [sizes.height, sizes.width], sizes.tile
-        self._kernel, self._stride, self._margin = kernel, stride, margin
-        self.across = backend(device).planes_innermost(frequency_grid(sizes.height, sizes.width, device))
+        self._size, self._primitives = [sizes.height, sizes.width], backend(device)
+        self._windows = Windows(kernel, stride, _code_bits(kernel), sizes.tile, margin)
+        self.across = self._primitives.planes_innermost(frequency_grid(sizes.height, sizes.width, device))
         height, width = _output_size([n - 2 * margin for n in self._size], kernel, stride)
         self.outputs = height * width
 
@@ -198,28 +199,78 @@ class _Pooling:
         """Maps ``(n, *size)`` in the memory order of the transforms."""
         return empty_across(like, planes, size) if self.across else like.new_empty(planes, *size)
 
-    def pool(self, maps: Tensor, out: Tensor, codes: Tensor, first: int) -> None:
-        """Writes what maps ``(n, H, W)`` give to ``out``, and their codes, those of the planes from ``first`` on."""
-        rows, columns = (slice(self._margin, n - self._margin) for n in self._size)
-        maps = maps[:, rows, columns]
-        if self.across:
-            bits = _code_bits(self._kernel)
-            code = maxima_across(maps, self._kernel, self._stride, bits, self._tile, out)
-        else:
-            y, code = _maxima(maps, self._kernel, self._stride)
-            out.copy_(y)
-        at = _code_bytes(first, self.outputs, self._kernel)
-        codes[at : at + code.numel()] = code
+    def _part(self, stored: Tensor | None, bits: int, first: int, last: int) -> Tensor | None:
+        """The bytes for planes ``first:last`` of codes of ``bits``."""
+        if stored is None:
+            return None
+        start, stop = (-(-planes * self.outputs * bits // 8) for planes in (first, last))
+        return stored[start:stop]
 
-    def spread(self, grad: Tensor, codes: Tensor, first: int) -> Tensor:
-        """The adjoint of :meth:`pool`: gradients ``(n, Ho, Wo)`` of the planes from ``first`` on to those of maps."""
-        last, kernel, stride, margin = first + grad.shape[0], self._kernel, self._stride, self._margin
-        code = codes[_code_bytes(first, self.outputs, kernel) : _code_bytes(last, self.outputs, kernel)]
+    def pool(
+        self,
+        maps: Tensor,
+        out: Tensor,
+        codes: Tensor | None,
+        first: int,
+        signs: Tensor | None = None,
+        affine: tuple[Tensor, Tensor] | None = None,
+        rectify: bool = False,
+    ) -> None:
+        """Writes what maps ``(n, H, W)`` give to ``out``, and their codes, those of the planes from ``first`` on.
+
+        See :func:`spectriton.reference.across.pool_across`; ``codes`` and ``signs`` are those of all planes.
+        """
+        windows, last = self._windows, first + maps.shape[0]
+        codes, signs = self._part(codes, windows.bits, first, last), self._part(signs, 1, first, last)
         if self.across:
-            return spread_across(grad, code, self._size, kernel, stride, _code_bits(kernel), self._tile, margin)
-        inner = [n - 2 * margin for n in self._size]
-        maps = _spread(grad, code, inner, kernel, stride)
+            self._primitives.pool_across(maps, windows, out, codes, signs, affine, rectify)
+            return
+        if affine is not None:
+            gain, shift = (t[:, None, None] for t in affine)
+            torch.addcmul(shift, maps, gain, out=maps)
+        if codes is not None:
+            rows, columns = (slice(windows.margin, n - windows.margin) for n in self._size)
+            y, code = _maxima(maps[:, rows, columns], windows.kernel, windows.stride)
+            out.copy_(y)
+            codes.copy_(code)
+        if signs is not None:
+            signs.copy_(_signs(out))
+        if rectify:
+            out.clamp_min_(0)
+
+    def spread(self, grad: Tensor, codes: Tensor | None, first: int, signs: Tensor | None = None) -> Tensor:
+        """The adjoint of :meth:`pool`: gradients ``(n, Ho, Wo)`` of the planes from ``first`` on to those of maps.
+
+        They may be written over where there are ``signs``.
+        """
+        windows, last = self._windows, first + grad.shape[0]
+        codes, signs = self._part(codes, windows.bits, first, last), self._part(signs, 1, first, last)
+        if self.across:
+            return self._primitives.spread_across(grad, windows, self._size, codes, signs)
+        if signs is not None:
+            grad = grad.masked_fill_(_from_signs(signs, grad.shape) == 0, 0)
+        if codes is None:
+            return grad
+        margin = windows.margin
+        maps = _spread(grad, codes, [n - 2 * margin for n in self._size], windows.kernel, windows.stride)
         return functional.pad(maps, (margin,) * 4) if margin else maps
+
+
+def _signs(maps: Tensor) -> Tensor:
+    """One bit a value, packed to bytes: whether a gradient passes its ReLU, as it does where it is not a number."""
+    passes = (maps <= 0).logical_not_().view(-1)
+    if maps.device.type == "cpu":
+        return torch.from_numpy(np.packbits(passes.numpy(), bitorder="little"))
+    bits = functional.pad(passes.view(torch.uint8), (0, -passes.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=maps.device)).sum(1, dtype=torch.uint8)
+
+
+def _from_signs(signs: Tensor, shape: torch.Size) -> Tensor:
+    """uint8 of ``shape``: the bits that :func:`_signs` gave."""
+    if signs.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(signs.numpy(), count=shape.numel(), bitorder="little")).view(shape)
+    bits = signs[:, None] >> torch.arange(8, dtype=torch.uint8, device=signs.device) & 1
+    return bits.view(-1)[: shape.numel()].view(shape)
 
 
 # -- from packed maps: they are made, pooled and forgotten a chunk of planes at a time ------------------------------

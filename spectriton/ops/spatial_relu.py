@@ -15,12 +15,10 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from spectriton._backend import backend
-from spectriton.ops._across import masked_across, signs_across
 from spectriton.ops._arguments import check_packed, check_rule, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
@@ -38,28 +36,6 @@ from spectriton.ops.spectral_batch_norm import check_norm, moved, norm_factor, n
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge, value_dtype_name
 
 _NORM = "Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var"
-
-
-def _signs(maps: Tensor, across: bool, tile: int) -> Tensor:
-    """One bit a value, packed to bytes: whether a gradient passes its ReLU, as it does where it is not a number."""
-    if across:
-        return signs_across(maps, tile)
-    passes = (maps <= 0).logical_not_().view(-1)
-    if maps.device.type == "cpu":
-        return torch.from_numpy(np.packbits(passes.numpy(), bitorder="little"))
-    bits = torch.nn.functional.pad(passes.view(torch.uint8), (0, -passes.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=maps.device)).sum(1, dtype=torch.uint8)
-
-
-def _pass(grad: Tensor, signs: Tensor, across: bool, tile: int) -> Tensor:
-    """A gradient, zero where the bits that :func:`_signs` gave are not set; it is written over."""
-    if across:
-        return masked_across(grad, signs, tile)
-    if grad.device.type == "cpu":
-        bits = torch.from_numpy(np.unpackbits(signs.numpy(), count=grad.numel(), bitorder="little"))
-    else:
-        bits = (signs[:, None] >> torch.arange(8, dtype=torch.uint8, device=grad.device) & 1).view(-1)[: grad.numel()]
-    return grad.masked_fill_(bits.view(grad.shape) == 0, 0)
 
 
 def _sign_bytes(planes: int, outputs: int) -> int:
@@ -93,15 +69,14 @@ def _activated(
     """
     weight, bias, mean, var = norm
     size, sizes = _output_size(shape[2:], kernel, stride), layout(shape)
-    outputs = size[0] * size[1]
     pooling = _Pooling(sizes, kernel, stride, packed[0].device)
     maps_of = _map_reader(*packed, sizes, True, dtype, pooling.across)
     step = tiles_at_a_time(sizes, dtype, workspace)
-    gain = shift = torch.empty(0)
+    plain, affine = _plain(kernel, stride), None
     if mean is not None and var is not None:
         factor = norm_factor(weight, var, eps)
         offset = -mean.double() * factor if bias is None else bias - mean.double() * factor
-        gain, shift = (t.to(dtype).repeat(shape[0])[:, None, None] for t in (factor, offset))
+        affine = factor.to(dtype).repeat(shape[0]), offset.to(dtype).repeat(shape[0])
 
     def planes(first: int, last: int) -> Tensor:
         # Smaller maps have tiles of as many planes or more: these are whole tiles of the large ones, too.
@@ -109,17 +84,10 @@ def _activated(
         for t0 in range(first // sizes.tile, -(-last // sizes.tile), step):
             start, stop = t0 * sizes.tile, min((t0 + step) * sizes.tile, last)
             maps = maps_of(t0, min(t0 + step, -(-last // sizes.tile)))
-            if mean is not None:
-                torch.addcmul(shift[start:stop], maps, gain[start:stop], out=maps)
-            if not _plain(kernel, stride):
-                pooled = pooling.empty(maps, stop - start, size)
-                pooling.pool(maps, pooled, codes, start)
-                maps = pooled
-            if signs is not None:
-                sign = _signs(maps, pooling.across, sizes.tile)
-                at = _sign_bytes(start, outputs)
-                signs[at : at + sign.numel()] = sign
-            maps.clamp_min_(0)
+            pooled = maps if plain else pooling.empty(maps, stop - start, size)
+            of_chunk = None if affine is None else (affine[0][start:stop], affine[1][start:stop])
+            pooling.pool(maps, pooled, None if plain else codes, start, signs, of_chunk, rectify=True)
+            maps = pooled
             if (start, stop) == (first, last):
                 return maps
             if out is None:
@@ -296,18 +264,17 @@ def _spatial_relu_backward(
     Without ``need_input`` the first is not brought through the norm.
     """
     size = _output_size(shape[2:], kernel, stride)
-    sizes, outputs = layout([*shape[:2], *size]), size[0] * size[1]
+    sizes = layout([*shape[:2], *size])
     packed = (grad.contiguous(), grad.new_empty(0), out_bitmap, out_offsets)
     # A tile of small maps serves several chunks of large ones: the last one read is kept.
-    pooling, tile = _Pooling(layout(shape), kernel, stride, grad.device), layout(shape).tile
+    pooling = _Pooling(layout(shape), kernel, stride, grad.device)
     grads_of = lru_cache(maxsize=1)(_map_reader(*packed, sizes, False, grad.dtype, pooling.across))
 
     def planes(first: int, last: int) -> Tensor:
         t0 = first // sizes.tile
         grads = grads_of(t0, -(-last // sizes.tile))[first - t0 * sizes.tile : last - t0 * sizes.tile]
-        # In place: no chunk of planes is asked for twice.
-        grads = _pass(grads, signs[_sign_bytes(first, outputs) : _sign_bytes(last, outputs)], pooling.across, tile)
-        return grads if _plain(kernel, stride) else pooling.spread(grads, codes, first)
+        # It may be written over: no chunk of planes is asked for twice.
+        return pooling.spread(grads, None if _plain(kernel, stride) else codes, first, signs)
 
     half = resolve_workspace(workspace, grad.device) // 2
     grad_maps = gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, half)

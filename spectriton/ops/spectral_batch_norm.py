@@ -38,43 +38,50 @@ from spectriton.ops._planes import resolve_workspace
 from spectriton.ops._rows import row_bytes, rows_to_visit, store_rows
 from spectriton.ops.spectral_activation import spectral_activation
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge
-from spectriton.reference import RowPattern
+from spectriton.reference.kept import KeptRows
 from spectriton.reference.spectral_activation import activate, activate_backward_input
-from spectriton.reference.unpack import put_values, read_values, take_values
+from spectriton.reference.unpack import put_values, take_values
 
 
 class _Chunk:
-    """Some of the frequencies kept, dense: numbers are ``(Fc, P, 2)``, zero where nothing is kept."""
+    """Some of the frequencies kept, dense: numbers are ``(Fc, P, 2)``, zero where nothing is kept.
+
+    Tables are ``(P,)``, one number a place of a row; weights are ``(Fc,)``.
+    """
 
     def __init__(self, walk: _Walk, rows: Tensor, first: bool) -> None:
         self._walk, self.rows, self.first = walk, rows, first
 
-    def read(self, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The numbers of a packed spectrum of this pattern, and what is left to multiply each tile by, ``(Fc, T)``."""
+    def _read(self, values: Tensor, scales: Tensor) -> Tensor:
         walk = self._walk
         out = torch.empty(self.rows.numel(), walk.sizes.padded_row, 2, dtype=walk.dtype, device=values.device)
         packed = (values, scales, walk.bitmap, walk.offsets, self.rows, 0, walk.sizes.tiles)
-        return walk.primitives.unpack_rows(*packed, out), None
+        return walk.primitives.unpack_rows(*packed, out)
+
+    def scaled(self, values: Tensor, scales: Tensor, gain: Tensor) -> Tensor:
+        """The numbers of a packed spectrum of this pattern, times a table."""
+        return self._read(values, scales).mul_(gain[:, None])
 
     def read_gradient(self, grad: Tensor) -> Tensor:
         """The numbers of a gradient, which are not to be changed."""
-        return self.read(grad, grad.new_empty(0))[0]
+        return self._read(grad, grad.new_empty(0))
 
     def spread(self, table: Tensor) -> Tensor:
-        """``table`` ``(Fc, P)``, or ``(1, P)``, to broadcast against numbers."""
-        return table[..., None]
+        """A table to broadcast against numbers."""
+        return table[:, None]
 
-    def by_place(self, numbers: Tensor) -> Tensor:
-        """``(Fc, P)``: both parts added up, zero where nothing is kept."""
+    def _by_place(self, numbers: Tensor) -> Tensor:
         return numbers[..., 0] + numbers[..., 1]  # several times as fast as a sum over two
 
-    def sums(self, numbers: Tensor, tile: Tensor | None, weight: Tensor) -> Tensor:
-        """Sums ``(P,)`` over the frequencies, times ``weight`` ``(Fc,)`` and ``tile`` ``(Fc, T)``, if it is there."""
-        places = self.by_place(numbers)
-        if tile is None:
-            return torch.mv(places.T, weight)
-        factor = tile * weight[:, None]
-        return torch.einsum("ft,ftp->tp", factor, places.unflatten(1, (factor.shape[1], -1))).flatten()
+    def total(self, numbers: Tensor) -> Tensor:
+        """``(P,)``: numbers added up over frequencies and parts."""
+        return self._by_place(numbers).sum(0)
+
+    def sums(self, values: Tensor, scales: Tensor, weight: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """``(P,)``: a packed spectrum times numbers, or its squares, added up over frequencies by weight."""
+        stored = self._read(values, scales)
+        stored = stored.square_() if numbers is None else stored.mul_(numbers)
+        return torch.mv(self._by_place(stored).T, weight)
 
     def zero_frequency(self, numbers: Tensor) -> Tensor:
         """Real parts ``(B, C)`` of the zero frequency, a view; of the first chunk only."""
@@ -90,46 +97,79 @@ class _Chunk:
         walk = self._walk
         walk.primitives.gather_rows(numbers, walk.bitmap, walk.offsets, self.rows, 0, grad)
 
+    def put_combined(
+        self,
+        numbers: Tensor,
+        factors: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        gain: Tensor | None,
+        weight: Tensor,
+        zero: Tensor | None,
+        grad: Tensor,
+    ) -> None:
+        """Writes to a gradient: numbers times a table, plus a packed spectrum times a table and a weight.
+
+        The spectrum is left out without a ``gain``. ``zero`` ``(B, C)`` is added at the zero frequency.
+        """
+        made = numbers * self.spread(factors)
+        if gain is not None:
+            made.addcmul_(self._read(values, scales), (weight[:, None] * gain)[..., None])
+        if zero is not None:
+            self.zero_frequency(made).add_(zero)
+        self.put(made, grad)
+
 
 class _KeptChunk(_Chunk):
-    """By the reference: only what is kept, numbers are ``(n, 2)``."""
+    """Only what is kept, numbers are ``(n, 2)``."""
 
     def __init__(self, walk: _Walk, rows: Tensor, first: bool) -> None:
         super().__init__(walk, rows, first)
-        self._pattern = walk.pattern(rows)
+        self._primitives, self._kept = walk.primitives, walk.kept_rows(rows)
 
-    def read(self, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
-        tile = scales[self.rows].to(self._walk.dtype) if scales.numel() else None
-        if values.dtype == torch.int8:  # one factor a tile, which is cheaper in a table than one a number
-            return take_values(values, self._pattern.slots).to(self._walk.dtype), tile
-        numbers = read_values(values, scales, self._pattern, scales if tile is None else tile, self._walk.dtype)
-        return numbers.clone() if values.dtype == numbers.dtype else numbers, None
+    def scaled(self, values: Tensor, scales: Tensor, gain: Tensor) -> Tensor:
+        return self._primitives.scale_kept(self._kept, values, scales, gain)
 
     def read_gradient(self, grad: Tensor) -> Tensor:
-        return take_values(grad, self._pattern.slots)
+        return take_values(grad, self._kept.slots)
 
     def spread(self, table: Tensor) -> Tensor:
-        whole = table.expand(self.rows.numel(), -1).reshape(-1)
-        of_kept = whole.index_select(0, self._pattern.positions)
-        # For both parts: a product of pairs by single numbers takes torch several times as long.
-        return torch.view_as_real(torch.complex(of_kept, of_kept))
+        return self._primitives.spread_kept(self._kept, table)
 
-    def by_place(self, numbers: Tensor) -> Tensor:
-        out = numbers.new_zeros(self.rows.numel(), self._walk.sizes.padded_row)
-        out.view(-1).scatter_(0, self._pattern.positions, super().by_place(numbers))
-        return out
+    def total(self, numbers: Tensor) -> Tensor:
+        return self._primitives.sum_places(self._kept, numbers)
+
+    def sums(self, values: Tensor, scales: Tensor, weight: Tensor, numbers: Tensor | None = None) -> Tensor:
+        return self._primitives.sum_kept(self._kept, values, scales, weight, numbers)
 
     def zero_frequency(self, numbers: Tensor) -> Tensor:
         sizes = self._walk.sizes  # of which everything is kept
         return numbers[: sizes.row, 0].unflatten(0, (sizes.batch, sizes.channels))
 
     def store(self, numbers: Tensor, values: Tensor, scales: Tensor) -> None:
-        if scales.numel():
-            numbers, scales[self.rows] = reference.quantise(numbers, self._pattern.counts, values.dtype)
-        put_values(values, self._pattern.slots, numbers.to(values.dtype))
+        self._primitives.store_kept(self._kept, numbers, values, scales)
 
     def put(self, numbers: Tensor, grad: Tensor) -> None:
-        put_values(grad, self._pattern.slots, numbers)
+        put_values(grad, self._kept.slots, numbers)
+
+    def put_combined(
+        self,
+        numbers: Tensor,
+        factors: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        gain: Tensor | None,
+        weight: Tensor,
+        zero: Tensor | None,
+        grad: Tensor,
+    ) -> None:
+        slots = self._kept.slots
+        out = grad[slots] if isinstance(slots, slice) else torch.empty_like(numbers)
+        self._primitives.combine_kept(self._kept, numbers, factors, values, scales, gain, weight, out)
+        if zero is not None:
+            self.zero_frequency(out).add_(zero)
+        if not isinstance(slots, slice):
+            self.put(out, grad)
 
 
 class _Walk:
@@ -164,7 +204,7 @@ class _Walk:
             per_row = int(sizes.padded_row * (1 + 2 * dtype.itemsize + share * (16 + 2 * arrays * dtype.itemsize)))
         at_once = max(1, resolve_workspace(workspace, bitmap.device) // max(1, per_row))
         self._parts: Sequence[Tensor] = rows.split(at_once) if rows.numel() else ()
-        self._pattern: RowPattern | None = None
+        self._kept: KeptRows | None = None
 
     def __iter__(self) -> Iterator[_Chunk]:
         """Chunks; whoever takes one lets go of it, and of what was read from it, before the next is made."""
@@ -175,31 +215,25 @@ class _Walk:
         """That of frequencies of which the first is the zero frequency, or is not."""
         return self._chunk(self, rows, first)
 
-    def pattern(self, rows: Tensor) -> RowPattern:
-        """That of a chunk, by the reference; a single one serves the next walk, too."""
-        if self._pattern is not None and rows is self._parts[0]:
-            return self._pattern
-        pattern = reference.row_pattern(self.bitmap, self.offsets, rows, 0, self.sizes.tiles, self.index)
+    def kept_rows(self, rows: Tensor) -> KeptRows:
+        """What is kept of a chunk; that of a single one serves the next walk, too."""
+        if self._kept is not None and rows is self._parts[0]:
+            return self._kept
+        kept = self.primitives.kept_rows(self.bitmap, self.offsets, rows, self.index, self.dtype)
         if len(self._parts) == 1 and rows is self._parts[0]:
-            self._pattern = pattern
-        return pattern
+            self._kept = kept
+        return kept
 
     def zero_frequency(self, values: Tensor, scales: Tensor) -> Tensor:
         """Real parts ``(B, C)`` of the zero frequency, float64."""
         chunk = self.chunk(self._parts[0][:1], True)
-        numbers, tile = chunk.read(values, scales)
-        if tile is not None:
-            numbers = numbers * chunk.spread(self.tiles_to_places(tile))
-        return chunk.zero_frequency(numbers).double()
-
-    def tiles_to_places(self, tile: Tensor) -> Tensor:
-        """``(Fc, T)`` to ``(Fc, P)``."""
-        return tile.repeat_interleave(self.sizes.tile, 1)
+        ones = torch.ones(self.sizes.padded_row, dtype=self.dtype, device=values.device)
+        return chunk.zero_frequency(chunk.scaled(values, scales, ones)).double()
 
     def per_place(self, per_channel: Tensor) -> Tensor:
-        """``(C,)`` to the places ``(1, P)`` of a row."""
+        """``(C,)`` to the places ``(P,)`` of a row."""
         row = per_channel.to(self.dtype).repeat(self.sizes.batch)
-        return functional.pad(row, (0, self.sizes.padded_row - self.sizes.row))[None]
+        return functional.pad(row, (0, self.sizes.padded_row - self.sizes.row))
 
     def per_channel(self, row: Tensor) -> Tensor:
         """Sums ``(C,)`` in float64 over the places ``(P,)`` of a row."""
@@ -233,9 +267,8 @@ def _map_statistics(
             zero_mean = zero.mean(0)
             power += (zero - zero_mean).square_().sum(0)
             weight[0] = 0
-        numbers, tile = chunk.read(values, scales)
-        power += walk.per_channel(chunk.sums(numbers.square_(), None if tile is None else tile.square(), weight))
-        del numbers, chunk
+        power += walk.per_channel(chunk.sums(values, scales, weight))
+        del chunk
     return (zero_mean / walk.root).to(edge.dtype), (power / walk.count).to(edge.dtype)
 
 
@@ -262,10 +295,9 @@ class _Affine:
         """Real parts ``(B, C)`` of the zero frequency less the mean, float64."""
         return self._walk.zero_frequency(values, scales) - self._mean
 
-    def __call__(self, chunk: _Chunk, numbers: Tensor, tile: Tensor | None, centred: Tensor | None) -> Tensor:
-        """The map of numbers as they were read; ``centred`` is the zero frequency, for the first chunk."""
-        row = self._row if tile is None else self._row * self._walk.tiles_to_places(tile)
-        out = numbers * chunk.spread(row)
+    def __call__(self, chunk: _Chunk, values: Tensor, scales: Tensor, centred: Tensor | None) -> Tensor:
+        """The map of the numbers of a chunk; ``centred`` is the zero frequency, for the first one."""
+        out = chunk.scaled(values, scales, self._row)
         if centred is not None:
             chunk.zero_frequency(out).copy_(centred * self._factor + self._bias)
         return out
@@ -308,7 +340,7 @@ def _spectral_batch_norm(
     scale = None if activation_scale is None else walk.per_place(activation_scale)
     out_values, out_scales = torch.empty_like(values), torch.zeros_like(scales)
     for chunk in walk:
-        y = affine(chunk, *chunk.read(values, scales), affine.centred(values, scales) if chunk.first else None)
+        y = affine(chunk, values, scales, affine.centred(values, scales) if chunk.first else None)
         if kind != "identity":
             y = activate(y, kind, None if scale is None else chunk.spread(scale))
         chunk.store(y, out_values, out_scales)
@@ -372,13 +404,13 @@ def norm_gradients(
     grad_zero, grad_scale = torch.zeros_like(inner), torch.zeros_like(inner)
     grad_input = grad if overwrite else grad.new_zeros(values.shape[0] if need_input else 0, 2)
     for chunk in walk:
-        (x, tile), g = chunk.read(values, scales), chunk.read_gradient(grad)
+        g = chunk.read_gradient(grad)
         centred = affine.centred(values, scales) if chunk.first else None
         if active:
             of_kept = None if scale is None else chunk.spread(scale)
-            g, of_scale = activate_backward_input(g, affine(chunk, x, tile, centred), kind, of_kept)
+            g, of_scale = activate_backward_input(g, affine(chunk, values, scales, centred), kind, of_kept)
             if of_scale is not None:
-                grad_scale += walk.per_channel(chunk.by_place(of_scale).sum(0))
+                grad_scale += walk.per_channel(chunk.total(of_scale))
             del of_kept, of_scale
             if need_input:  # where the second walk finds it
                 chunk.put(g, grad_input)
@@ -388,28 +420,20 @@ def norm_gradients(
             grad_zero = zero.sum(0, dtype=torch.float64)
             inner += (zero * centred).sum(0)
             weight_of[0] = 0
-        inner += walk.per_channel(chunk.sums(x.mul_(g), tile, weight_of))
-        del x, g, chunk
+        inner += walk.per_channel(chunk.sums(values, scales, weight_of, g))
+        del g, chunk
     grad_weight, grad_bias = inner * norm_factor(None, var, eps), grad_zero * walk.root
 
     if need_input:
         factor = norm_factor(weight, var, eps)
         pull = factor / (var + eps) * inner / walk.count
-        gain, pulls = walk.per_place(factor), walk.per_place(pull)
+        gain, pulls = walk.per_place(factor), walk.per_place(-pull) if batch_statistics else None
         for chunk in walk:
-            g = chunk.read_gradient(grad_input if active else grad) * chunk.spread(gain)
-            if batch_statistics:
-                x, tile = chunk.read(values, scales)
-                table = walk.weight[chunk.rows, None] * pulls
-                if tile is not None:
-                    table *= walk.tiles_to_places(tile)
-                if chunk.first:
-                    table[0] = 0
-                    centred = affine.centred(values, scales)
-                    chunk.zero_frequency(g).sub_(factor * grad_zero / max(1, walk.sizes.batch) + pull * centred)
-                g.addcmul_(x, chunk.spread(table), value=-1)
-                del x, table
-            chunk.put(g, grad_input)
+            g, weight_of, shift = chunk.read_gradient(grad_input if active else grad), walk.weight[chunk.rows], None
+            if chunk.first and batch_statistics:
+                weight_of[0] = 0
+                shift = -factor * grad_zero / max(1, walk.sizes.batch) - pull * affine.centred(values, scales)
+            chunk.put_combined(g, gain, values, scales, pulls, weight_of, shift, grad_input)
             del g, chunk
     return grad_input, grad_weight.to(grad.dtype), grad_bias.to(grad.dtype), grad_scale.to(grad.dtype)
 

@@ -1,0 +1,146 @@
+/* What is kept of rows of packed spectra, without dense rows: statistics, and factors by place and row.
+
+   Numbers are pairs of float32 that follow each other as the values of the part do, from value `first` on. */
+
+#include "pairs.h"
+
+typedef struct {
+    const Part *part;
+    const uint8_t *values;
+    const float *scales;
+    int64_t first;
+} Kept;
+
+/* A tile of the part: where its values begin, or -1 where they are not all there; and the scale of its values. */
+INLINE int64_t start_from(const Kept *kept, int64_t i, int64_t t, int format, float *scale)
+{
+    const Part *part = kept->part;
+    const int64_t start = start_of(part, i, t);
+    *scale = format >= INT8 ? kept->scales[row_of(part, i) * part->tiles + t] : 1;
+    return start < kept->first && count_bits(bitmap_of(part, i, t), part->tile_bytes) ? -1 : start;
+}
+
+/* Eight numbers, each of them twice. */
+INLINE void twice(const float *numbers, float *out)
+{
+#if WIDE
+    const __m512i places = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(places, _mm512_castps256_ps512(_mm256_loadu_ps(numbers))));
+#else
+    for (int k = 0; k < 16; k++)
+        out[k] = numbers[k / 2];
+#endif
+}
+
+/* Adds the products of eight pairs, real parts and imaginary parts, to sums. */
+INLINE void add_products(const float *a, const float *b, double factor, double *sums)
+{
+#if WIDE
+    const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b));
+    const __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512 pairs = _mm512_permutexvar_ps(even, _mm512_add_ps(products, _mm512_permute_ps(products, 0xb1)));
+    const __m512d eight = _mm512_cvtps_pd(_mm512_castps512_ps256(pairs));
+    _mm512_storeu_pd(sums, _mm512_fmadd_pd(eight, _mm512_set1_pd(factor), _mm512_loadu_pd(sums)));
+#else
+    for (int k = 0; k < 8; k++)
+        sums[k] += factor * (double)(a[2 * k] * b[2 * k] + a[2 * k + 1] * b[2 * k + 1]);
+#endif
+}
+
+INLINE int sum_kept_as(const Kept *kept, const float *weight, const float *numbers, double *sums, int threads, int format)
+{
+    const Part *part = kept->part;
+    const int64_t bytes = part->tile_bytes;
+    int missing = 0;
+    PARALLEL_FOR(positions_of(part))
+    for (int64_t t = part->t0; t < part->t1; t++)
+        for (int64_t i = 0; i < part->row_count; i++) {
+            float scale;
+            const int64_t start = start_from(kept, i, t, format, &scale);
+            if (start < 0) {
+                missing = 1;
+                continue;
+            }
+            const uint8_t *bits = bitmap_of(part, i, t), *source = kept->values + start * stored_bytes(format);
+            const float *other = numbers ? numbers + 2 * (start - kept->first) : 0;
+            const double factor = (double)weight[i] * scale * (numbers ? 1 : scale);
+            double *target = sums + (t - part->t0) * bytes * 8;
+            for (int64_t j = 0; j < bytes; j++) {
+                const int count = __builtin_popcount(bits[j]);
+                if (count == 0)
+                    continue;
+                float values[16], others[16];
+                expand(source, bits[j], format, 1, values);
+                source += count * stored_bytes(format);
+                if (other) {
+                    expand((const uint8_t *)other, bits[j], FLOAT32, 1, others);
+                    other += 2 * count;
+                }
+                add_products(values, other ? others : values, factor, target + 8 * j);
+            }
+        }
+    return missing;
+}
+
+/* Adds up values times numbers, or, without numbers, the squares of values, over the rows, times `weight` (rows,): to
+   `sums` (positions,). */
+int sum_kept(const Part *part, const uint8_t *values, int64_t format, const float *scales, int64_t first,
+             const float *weight, const float *numbers, double *sums, int64_t threads)
+{
+    const Kept kept = {part, values, scales, first};
+    BY_FORMAT(sum_kept_as, &kept, weight, numbers, sums, threads)
+}
+
+INLINE int combine_kept_as(const Kept *kept, const float *gain, const float *weight, const float *numbers,
+                           const float *factors, float *out, int threads, int format)
+{
+    const Part *part = kept->part;
+    const int64_t bytes = part->tile_bytes;
+    int missing = 0;
+    PARALLEL_FOR(positions_of(part))
+    for (int64_t i = 0; i < part->row_count; i++)
+        for (int64_t t = part->t0; t < part->t1; t++) {
+            float scale;
+            const int64_t start = start_from(kept, i, t, format, &scale);
+            if (start < 0) {
+                missing = 1;
+                continue;
+            }
+            const uint8_t *bits = bitmap_of(part, i, t), *source = kept->values + start * stored_bytes(format);
+            const int64_t position = (t - part->t0) * bytes * 8, at = 2 * (start - kept->first);
+            const float *other = numbers ? numbers + at : 0, of_row = weight ? weight[i] * scale : scale;
+            float *target = out + at;
+            for (int64_t j = 0; j < bytes; j++) {
+                const int count = __builtin_popcount(bits[j]);
+                if (count == 0)
+                    continue;
+                float pairs[16], others[16], gains[16];
+                if (gain) {
+                    expand(source, bits[j], format, 1, pairs);
+                    source += count * stored_bytes(format);
+                    twice(gain + position + 8 * j, gains);
+                    for (int k = 0; k < 16; k++)
+                        pairs[k] *= gains[k] * of_row;
+                }
+                if (other) {
+                    expand((const uint8_t *)other, bits[j], FLOAT32, 1, others);
+                    other += 2 * count;
+                    twice(factors + position + 8 * j, gains);
+                    for (int k = 0; k < 16; k++)
+                        pairs[k] = gain ? others[k] * gains[k] + pairs[k] : others[k] * gains[k];
+                }
+                target += 2 * compress(pairs, bits[j], target);
+            }
+        }
+    return missing;
+}
+
+/* Writes values times `gain` (positions,) and, where given, `weight` (rows,), plus numbers times `factors` (positions,)
+   where these are given; values are left out where there is no gain. `out` may be the numbers. */
+int combine_kept(const Part *part, const uint8_t *values, int64_t format, const float *scales, int64_t first,
+                 const float *gain, const float *weight, const float *numbers, const float *factors, float *out,
+                 int64_t threads)
+{
+    const Kept kept = {part, values, scales, first};
+    BY_FORMAT(combine_kept_as, &kept, gain, weight, numbers, factors, out, threads)
+}
