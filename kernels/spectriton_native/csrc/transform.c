@@ -86,7 +86,7 @@ INLINE void some_rows(Matrix matrix, const lanes *x, int64_t terms, lanes *out, 
 }
 
 /* out (rows,), `step` apart, = matrix (rows, terms) times x (terms,), as far apart as the columns of the matrix. */
-INLINE void product(Matrix matrix, const lanes *x, int64_t terms, lanes *out, int64_t step, int64_t rows)
+static __attribute__((noinline)) void product(Matrix matrix, const lanes *x, int64_t terms, lanes *out, int64_t step, int64_t rows)
 {
     for (; rows >= 8; rows -= 8, matrix.data += 8 * matrix.pitch, out += 8 * step)
         some_rows(matrix, x, terms, out, step, 8);
@@ -108,7 +108,7 @@ INLINE void product(Matrix matrix, const lanes *x, int64_t terms, lanes *out, in
 
    On a side of even length i and n / 2 - i have the same cosine where k is even, the opposite one where it is odd, and
    sines the other way round: so half of the products will do. `sine` is a constant. */
-INLINE void sums_of_half(const float *turns, int64_t n, const lanes *x, lanes *out, int64_t count, const int sine)
+static __attribute__((noinline)) void sums_of_half(const float *turns, int64_t n, const lanes *x, lanes *out, int64_t count, const int sine)
 {
     const int64_t half = n / 2 + 1, middle = n / 4;
     if (n % 2) {
@@ -134,7 +134,7 @@ INLINE void sums_of_half(const float *turns, int64_t n, const lanes *x, lanes *o
 }
 
 /* The adjoint, with turns (i, k): out[i] = sum over k of turns[i, k] x[k], i = 0 ... n / 2. */
-INLINE void spread_to_half(const float *turns, int64_t n, const lanes *x, int64_t count, lanes *out, const int sine)
+static __attribute__((noinline)) void spread_to_half(const float *turns, int64_t n, const lanes *x, int64_t count, lanes *out, const int sine)
 {
     const int64_t half = n / 2 + 1, middle = n / 4;
     if (n % 2) {
@@ -151,7 +151,7 @@ INLINE void spread_to_half(const float *turns, int64_t n, const lanes *x, int64_
 }
 
 /* The sums x[i] + x[n - i] and the differences of a line; what is its own mirror stands in the sums alone. */
-INLINE void fold(const lanes *x, int64_t n, lanes *even, lanes *odd)
+static __attribute__((noinline)) void fold(const lanes *x, int64_t n, lanes *even, lanes *odd)
 {
     even[0] = x[0];
     for (int64_t i = 1; 2 * i <= n; i++) {
