@@ -22,7 +22,7 @@ def call(name: str, *arguments: Any, result: Any = None) -> Any:
 
     The first call says for all of what kinds the arguments are.
     """
-    key = name, portable()
+    key = (name, portable())
     found = _functions.get(key)
     if found is None:
         found = _functions[key] = function(name, (*map(_kind, arguments), ctypes.c_int64), result)

@@ -19,6 +19,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -133,22 +134,29 @@ def _run(command: list[str], directory: Path, deadline: float) -> None:
     if left <= 0:
         raise Failed(f"{name} takes too long")
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             cwd=directory,
             env={**os.environ, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
-            timeout=left,
+            start_new_session=True,  # with what it starts itself, to be ended as one
         )
-    except subprocess.TimeoutExpired as error:
-        raise Failed(f"{name} takes too long") from error
     except OSError as error:
         raise Failed(f"{name} cannot be run: {error.strerror}") from error
-    if done.returncode:
-        raise Failed(f"{name} failed: {_problem(done.stderr)}")
+    try:
+        printed = process.communicate(timeout=left)[1]
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise Failed(f"{name} takes too long") from error
+        raise
+    if process.returncode:
+        raise Failed(f"{name} failed: {_problem(printed)}")
 
 
 def _problem(printed: str) -> str:

@@ -35,6 +35,6 @@ def rows_of_parts(parts: Tensor, places: Tensor, band: int, out: Tensor) -> None
 def expand_planes(
     part: Part, values: Tensor, scales: Tensor, index: Tensor, factors: Tensor | None, out: Tensor
 ) -> None:
-    """Writes half spectra ``out`` ``(n, half, 2)``: frequency ``f`` at ``index[f]``, by ``factors``; mirrors zero."""
+    """Writes half spectra ``out`` ``(n, half, 2)``: frequency ``f`` at ``index[f]``, times ``factors``."""
     given = (part, values, FORMATS[values.dtype], scales, index, factors, out.shape[1], out.shape[0])
     check_complete(call("expand_planes", *given, out, result=ctypes.c_int))

@@ -10,14 +10,11 @@ from spectriton._backend import Backend
 from spectriton.ops.pool2d import _code_bits, _output_size
 from spectriton.reference.across import Windows, empty_across
 
-pytestmark = [
-    pytest.mark.usefixtures("build"),
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # infinity less infinity, in NumPy
-]
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # infinity less infinity, in NumPy
 
 
-@pytest.fixture(scope="module")
-def native() -> Backend:
+@pytest.fixture
+def native(build: str) -> Backend:
     from spectriton._native import NativeBackend
 
     return NativeBackend()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -99,9 +100,10 @@ def test_tile_starts(size: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # of the reference
-@pytest.mark.parametrize("threshold", ["number", "per channel", 0.0, torch.inf, 1e200])
+@pytest.mark.parametrize("threshold", ["number", 1, 3, 8, 40, 0.0, torch.inf, 1e200])
 @pytest.mark.parametrize("size", SIZES)
-def test_threshold_rows(size: tuple[int, int, int], threshold: float | str) -> None:
+def test_threshold_rows(size: tuple[int, int, int], threshold: float | int | str) -> None:
+    """By a number, or by one for each of 1, 3, 8 or 40 channels."""
     frequencies, planes, tile = size
     given = spectrum(*size)
     for rows, t0, t1 in parts_of(given):
@@ -112,11 +114,10 @@ def test_threshold_rows(size: tuple[int, int, int], threshold: float | str) -> N
         y = chunk(given, rows, t0, t1)
         y[:, ::3] = torch.tensor([3.0, -4.0])  # of modulus 5, exactly
         y[:, 1::7] = torch.tensor([3.0, 3.75])
-        bound: float | Tensor = 5.0 if isinstance(threshold, str) else threshold
-        channels = 1
-        if threshold == "per channel":
-            channels = 5
-            bound = torch.tensor([5.0, 4.5, 0.0, torch.inf, 5.5])
+        bound: float | Tensor = threshold if isinstance(threshold, float) else 5.0
+        channels = threshold if isinstance(threshold, int) else 1
+        if isinstance(threshold, int):
+            bound = torch.tensor([5.0, 4.5, 0.0, torch.inf, 5.5]).repeat(8)[:channels]
         bitmaps = [torch.full((frequencies, given.tiles, tile // 8), 0x55, dtype=torch.uint8) for _ in range(2)]
         room = Room(*bitmaps[0].shape, dtype=torch.uint8)
         room.tensor.copy_(bitmaps[0])
@@ -128,20 +129,49 @@ def test_threshold_rows(size: tuple[int, int, int], threshold: float | str) -> N
         assert torch.equal(starts.long(), counts.flatten().cumsum(0).view_as(counts) - counts)
 
 
-@pytest.mark.parametrize("channels", [1, 5, 8, 11])
+@pytest.mark.parametrize("channels", [1, 3, 7, 8, 9, 200])
 @pytest.mark.parametrize("size", SIZES)
 def test_gather_channels(size: tuple[int, int, int], channels: int) -> None:
     given = spectrum(*size)
     numbers = torch.randn(channels, generator=torch.Generator().manual_seed(1))
-    numbers[-1] = torch.nan
+    numbers[::5] = torch.nan
     for rows, t0, t1 in parts_of(given):
         _, starts, total = tight(given, rows, t0, t1)
-        room = Room(total)
+        room, first = Room(total), t0 * given.tile
         local = Part.of(given.bitmap, rows, t0, t1, starts, total, local=True)
-        native.gather_channels(local, numbers, t0 * given.tile, room.tensor)
+        native.gather_channels(local, numbers, first, room.tensor)
         mask = kept_of(given, rows, t0, t1).flatten(1)
-        expected = numbers[torch.arange(t0 * given.tile, t1 * given.tile) % channels].expand(mask.shape)[mask]
-        assert identical(room.tensor, expected) and room.guarded
+        of_places = numbers[torch.arange(first, first + mask.shape[1]) % channels]
+        assert identical(room.tensor, of_places.expand(mask.shape)[mask]) and room.guarded
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_index_tiles(size: tuple[int, int, int]) -> None:
+    for density in (0.0, 0.02, 0.5):
+        given = spectrum(*size, density=density)
+        _, in_order, _ = tight(given, slice(0, given.frequencies), 0, given.tiles)
+        for offsets in (given.offsets, in_order):
+            counts, starts, ordered, filled = native.index_tiles(given.bitmap, offsets)
+            expected = reference.tile_index(given.bitmap, offsets)
+            assert np.array_equal(counts.numpy(), expected.counts) and np.array_equal(starts.numpy(), expected.starts)
+            assert (ordered, filled) == (expected.ordered, expected.filled)
+        assert ordered
+
+
+@pytest.mark.parametrize("positions", [0, 1, 255, 256, 700])
+def test_count_moduli(positions: int) -> None:
+    """Multiples of (3, 4), whose moduli any way to compute them gives exactly; rows that stand apart, too."""
+    factors = torch.randint(-50, 50, (3, positions + 2), generator=torch.Generator().manual_seed(6))
+    y = factors[..., None] * torch.tensor([3.0, 4.0])
+    y[0, ::7, 0], y[1, ::9, 1] = torch.nan, -torch.inf
+    shift, guard = 20, 1 << 19
+    for rows in (y[:, :positions], y[:2, 2:]):
+        room, expected = Room(1 << 12, dtype=torch.int64), torch.ones(1 << 12, dtype=torch.int64)
+        room.tensor.fill_(1)
+        native.count_moduli(rows, guard, shift, room.tensor)
+        reference.count_moduli(rows.contiguous(), guard, shift, expected)
+        assert torch.equal(room.tensor, expected) and room.guarded
+        assert int(room.tensor.sum()) == (1 << 12) + rows.shape[0] * rows.shape[1]
 
 
 @pytest.mark.parametrize("size", SIZES)
