@@ -313,8 +313,8 @@ class NativeBackend(Backend):
         counts, starts = (torch.empty(offsets.shape, dtype=torch.int64) for _ in range(2))
         if not (bitmap.is_contiguous() and offsets.is_contiguous()):
             return reference.tile_index(bitmap, offsets)
-        ordered = native.tile_index(bitmap, offsets, counts, starts)
-        return TileIndex(counts.numpy(), (starts if ordered else offsets.to(torch.int64)).numpy(), ordered)
+        ordered, filled = native.tile_index(bitmap, offsets, counts, starts)
+        return TileIndex(counts.numpy(), (starts if ordered else offsets.to(torch.int64)).numpy(), ordered, filled)
 
     def kept_rows(
         self, bitmap: Tensor, offsets: Tensor, rows: Tensor, index: TileIndex | None, dtype: torch.dtype

@@ -40,7 +40,10 @@ def combine_kept(
     check_complete(call("combine_kept", *given, out, result=ctypes.c_int))
 
 
-def tile_index(bitmap: Tensor, offsets: Tensor, counts: Tensor, starts: Tensor) -> bool:
-    """See :class:`spectriton.reference.TileIndex`; ``starts`` are where tiles begin that follow each other."""
-    tile_bytes = bitmap.shape[2]
-    return bool(call("tile_index", bitmap, offsets, counts.numel(), tile_bytes, counts, starts, result=ctypes.c_int))
+def tile_index(bitmap: Tensor, offsets: Tensor, counts: Tensor, starts: Tensor) -> tuple[bool, int]:
+    """Whether values follow each other by ``offsets``, and how many rows come before the empty ones.
+
+    Writes ``(F, T)`` int64: how many values the tiles have, and where they begin if they follow each other.
+    """
+    rows = call("tile_index", bitmap, offsets, *bitmap.shape, counts, starts, result=ctypes.c_int64)
+    return rows >= 0, rows if rows >= 0 else -1 - rows

@@ -16,11 +16,13 @@ class TileIndex(NamedTuple):
     Attributes:
         counts, starts: ``(F, T)`` int64.
         ordered: whether the values follow the tiles row by row, without gaps; empty tiles take part in it then.
+        filled: how many frequencies come before the tail at which nothing is kept.
     """
 
     counts: NDArray[np.int64]
     starts: NDArray[np.int64]
     ordered: bool
+    filled: int
 
 
 class RowPattern(NamedTuple):
@@ -81,7 +83,8 @@ def tile_index(bitmap: Tensor, offsets: Tensor) -> TileIndex:
     starts: NDArray[np.int64] = offsets.cpu().numpy().astype(np.int64)
     following = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
     ordered = bool(((starts == following) | (counts == 0)).all())
-    return TileIndex(counts, following if ordered else starts, ordered)
+    filled = np.flatnonzero(counts.any(1))
+    return TileIndex(counts, following if ordered else starts, ordered, int(filled[-1]) + 1 if filled.size else 0)
 
 
 def row_index(rows: slice | Tensor) -> slice | Tensor:
@@ -167,8 +170,7 @@ def part_positions(pattern: RowPattern, padded: int, places: Tensor, planes: int
 
 def filled_rows(index: TileIndex) -> int:
     """How many frequencies come before the tail at which nothing is kept."""
-    filled = np.flatnonzero(index.counts.any(1))
-    return int(filled[-1]) + 1 if filled.size else 0
+    return index.filled
 
 
 def channel_of(positions: Tensor, padded: int, start: int, channels: int) -> Tensor:

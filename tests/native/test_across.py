@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -133,16 +128,3 @@ def test_double_precision_goes_to_the_reference(native: Backend):
     native.pool_across(maps, windows, out, codes)
     torch.testing.assert_close(out, torch.nn.functional.max_pool2d(maps, 2), equal_nan=True)
     assert native.spread_across(out, windows, [4, 4], codes).dtype == torch.float64
-
-
-def test_without_wide_instructions(tmp_path: Path):
-    """The same again on a library for any processor of this kind."""
-    program = (
-        "import sys, pytest, spectriton_native.library as library\n"
-        "library._FOR_THIS_PROCESSOR = '-DPORTABLE'\n"
-        f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', {__file__!r}, "
-        "'-k', 'not wide_instructions']))"
-    )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -32,18 +32,20 @@ INLINE void twice(const float *numbers, float *out)
 #endif
 }
 
-/* Adds the products of eight pairs, real parts and imaginary parts, to sums. */
-INLINE void add_products(const float *a, const float *b, double factor, double *sums)
+/* Adds the products of eight pairs, real parts and imaginary parts, to those of the sums whose bits are set: a factor
+   that is not a number must not reach the others. */
+INLINE void add_products(const float *a, const float *b, uint8_t bits, double factor, double *sums)
 {
 #if WIDE
     const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b));
     const __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512 pairs = _mm512_permutexvar_ps(even, _mm512_add_ps(products, _mm512_permute_ps(products, 0xb1)));
     const __m512d eight = _mm512_cvtps_pd(_mm512_castps512_ps256(pairs));
-    _mm512_storeu_pd(sums, _mm512_fmadd_pd(eight, _mm512_set1_pd(factor), _mm512_loadu_pd(sums)));
+    _mm512_storeu_pd(sums, _mm512_mask3_fmadd_pd(eight, _mm512_set1_pd(factor), _mm512_loadu_pd(sums), bits));
 #else
     for (int k = 0; k < 8; k++)
-        sums[k] += factor * (double)(a[2 * k] * b[2 * k] + a[2 * k + 1] * b[2 * k + 1]);
+        if (bits >> k & 1)
+            sums[k] += factor * (double)(a[2 * k] * b[2 * k] + a[2 * k + 1] * b[2 * k + 1]);
 #endif
 }
 
@@ -76,7 +78,7 @@ INLINE int sum_kept_as(const Kept *kept, const float *weight, const float *numbe
                     expand((const uint8_t *)other, bits[j], FLOAT32, 1, others);
                     other += 2 * count;
                 }
-                add_products(values, other ? others : values, factor, target + 8 * j);
+                add_products(values, other ? others : values, bits[j], factor, target + 8 * j);
             }
         }
     return missing;
@@ -145,19 +147,23 @@ int combine_kept(const Part *part, const uint8_t *values, int64_t format, const 
     BY_FORMAT(combine_kept_as, &kept, gain, weight, numbers, factors, out, threads)
 }
 
-/* How many values the tiles of a pattern have and where they begin if they follow each other, (rows * tiles,); returns
-   whether they do by `offsets`. */
-int tile_index(const uint8_t *bitmap, const int32_t *offsets, int64_t count, int64_t bytes, int64_t *counts,
-               int64_t *starts, int64_t threads)
+/* How many values the tiles (rows, tiles) of a pattern have, and where they begin if they follow each other. Returns how
+   many rows come before those that are empty; where values do not follow each other by `offsets`, -1 less that. */
+int64_t tile_index(const uint8_t *bitmap, const int32_t *offsets, int64_t rows, int64_t tiles, int64_t bytes,
+                   int64_t *counts, int64_t *starts, int64_t threads)
 {
-    int64_t total = 0;
+    int64_t total = 0, filled = 0;
     int ordered = 1;
     (void)threads; /* one tile after the other */
-    for (int64_t t = 0; t < count; t++) {
+    for (int64_t t = 0; t < rows * tiles; t++) {
         counts[t] = count_bits(bitmap + t * bytes, bytes);
         starts[t] = total;
-        ordered &= counts[t] == 0 || offsets[t] == total;
         total += counts[t];
+        if (counts[t]) {
+            ordered &= offsets[t] == starts[t];
+            filled = t + 1;
+        }
     }
-    return ordered;
+    filled = tiles ? (filled + tiles - 1) / tiles : 0;
+    return ordered ? filled : -1 - filled;
 }
