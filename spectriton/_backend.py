@@ -21,7 +21,7 @@ from spectriton.reference.pattern import channel_of
 from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.reference.rounding import noise_key
 from spectriton.reference.spectral_activation import activate_backward
-from spectriton.reference.transform import parts_of_maps, products
+from spectriton.reference.transform import maps_of_parts, parts_of_maps, products
 from spectriton.reference.unpack import read_values, take_values
 
 BACKENDS = ("auto", "triton", "native", "reference")
@@ -104,12 +104,17 @@ class Backend:
     pack_rows = staticmethod(reference.pack_rows)
     unpack_rows = staticmethod(reference.unpack_rows)
     gather_rows = staticmethod(reference.gather_rows)
+    count_moduli = staticmethod(reference.count_moduli)
     compact_rows = staticmethod(reference.compact_rows)
     to_format = staticmethod(reference.to_format)
     store_rows = staticmethod(reference.store_rows)
     reorder = staticmethod(reference.reorder)
     expand_parts = staticmethod(reference.expand_parts)
     gather_parts = staticmethod(reference.gather_parts)
+    parts_of_maps = staticmethod(parts_of_maps)
+    maps_of_parts = staticmethod(maps_of_parts)
+    planes_innermost = staticmethod(reference.planes_innermost)
+    by_products = staticmethod(reference.by_products)
     unpack_planes = staticmethod(reference.unpack_planes)
     rows_of_maps = staticmethod(reference.rows_of_maps)
     rectify = staticmethod(bits.rectify)
@@ -182,11 +187,20 @@ class Backend:
 
         Not ``weighted``: the adjoint of maps to their stored coefficients.
         """
-        if index is not None and reference.by_products(grid, out):
-            by = products(grid, reference.filled_rows(index), out.dtype)
+        if index is not None and self.by_products(grid, out):
+            by = products(grid, index.filled, out.dtype)
             parts = out.new_empty(by.rows.shape[0] * by.band, out.shape[0])
             self.expand_parts(values, scales, bitmap, offsets, grid, t0, t1, weighted, by, parts, index)
-            reference.maps_from_parts(parts, by, out)
+            innermost = out.permute(1, 2, 0)
+            if innermost.is_contiguous():
+                self.maps_of_parts(parts, by, innermost)
+                return
+            maps = torch.empty_like(innermost, memory_format=torch.contiguous_format)
+            self.maps_of_parts(parts, by, maps)
+            if out.is_contiguous():  # of two dimensions torch transposes blocks
+                out.view(out.shape[0], -1).copy_(maps.view(-1, out.shape[0]).T)
+            else:
+                innermost.copy_(maps)
             return
         half = out.new_empty(out.shape[0], grid.height, grid.half_width, 2)
         # irfft2 counts a coefficient twice where its conjugate is not stored, which the adjoint does not.
@@ -206,9 +220,9 @@ class Backend:
         index: TileIndex | None,
     ) -> None:
         """Writes half of the adjoint of weighted :meth:`unpack_maps`, for maps ``(n, H, W)``, to ``out`` ``(N, 2)``."""
-        if index is not None and reference.by_products(grid, maps):
-            by = products(grid, reference.filled_rows(index), maps.dtype)
-            parts = parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
+        if index is not None and self.by_products(grid, maps):
+            by = products(grid, index.filled, maps.dtype)
+            parts = self.parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
             self.gather_parts(parts, bitmap, offsets, grid, t0, t1, by, out, index)
             return
         rows = self.rows_of_maps(maps, grid, (t1 - t0) * bitmap.shape[2] * 8)

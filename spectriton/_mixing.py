@@ -117,7 +117,9 @@ def _by_group(chunk: Tensor, groups: int) -> Tensor:
 def _matmul_into(x: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> None:
     """``out`` ``(Fc, B, N) = x`` ``(Fc, B, K)`` times ``weights`` ``(Fc, g, K / g, N / g)``, group by group."""
     if weights.shape[1] == 1 and out.is_contiguous():
-        if add:
+        if weights.shape[2] == 1 and not add:  # which libraries for products take several times as long for
+            torch.mul(x, weights[:, 0], out=out)
+        elif add:
             torch.baddbmm(out, x, weights[:, 0], out=out)
         else:
             torch.bmm(x, weights[:, 0], out=out)

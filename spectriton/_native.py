@@ -6,6 +6,7 @@ reference.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -17,7 +18,7 @@ from spectriton._backend import Backend
 from spectriton.frequencies import FrequencyGrid
 from spectriton.reference import RowPattern, TileIndex, across, activate, activate_backward
 from spectriton.reference.kept import KeptRows
-from spectriton.reference.transform import Products, parts_of_maps, products
+from spectriton.reference.transform import Products, products, turns
 from spectriton.reference.unpack import fill_mirrors
 from spectriton_native import Part
 
@@ -26,6 +27,13 @@ class NativeBackend(Backend):
     """See the module's text."""
 
     name = "native"
+
+    def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
+        """As the reference's."""
+        if not (bitmap.is_contiguous() and offsets.is_contiguous()):
+            return reference.tile_index(bitmap, offsets)
+        counts, starts, ordered, filled = native.index_tiles(bitmap, offsets)
+        return TileIndex(counts.numpy(), starts.numpy(), ordered, filled)
 
     def row_pattern(
         self, bitmap: Tensor, offsets: Tensor, rows: slice | Tensor, t0: int, t1: int, index: TileIndex | None = None
@@ -68,6 +76,13 @@ class NativeBackend(Backend):
         native.gather_rows(Part.of(bitmap, rows, t0, t1, offsets, out.shape[0]), y, out)
         return out
 
+    def count_moduli(self, y: Tensor, guard: int, shift: int, counts: Tensor) -> None:
+        """As the reference's, to float32 rounding."""
+        if y.dtype != torch.float32 or y.is_cuda or y.stride()[1:] != (2, 1):
+            reference.count_moduli(y, guard, shift, counts)
+            return
+        native.count_moduli(y, guard, shift, counts)
+
     def compact_rows(
         self,
         y: Tensor,
@@ -83,10 +98,11 @@ class NativeBackend(Backend):
         """As the reference's, but that squares of moduli are compared."""
         if not _takes(y, bitmap):
             return reference.compact_rows(y, length, threshold, rows, t0, bitmap, kind, scale, channels)
-        padded, tile = y.shape[1], bitmap.shape[2] * 8
-        t1 = t0 + padded // tile
-        bounds = _of_places(threshold, t0 * tile, padded) if isinstance(threshold, Tensor) else threshold
-        starts, kept = native.threshold_rows(Part.of(bitmap, rows, t0, t1), y, length, bounds)
+        tile = bitmap.shape[2] * 8
+        t1 = t0 + y.shape[1] // tile
+        if isinstance(threshold, Tensor):
+            threshold = threshold.to(y.dtype)
+        starts, kept = native.threshold_rows(Part.of(bitmap, rows, t0, t1), y, length, threshold)
         chunk = Part.of(bitmap, rows, t0, t1, starts, kept, local=True)
         out = y.new_empty(kept, 2)
         native.gather_rows(chunk, y, out)
@@ -95,7 +111,7 @@ class NativeBackend(Backend):
         of_kept = None
         if scale is not None:
             of_kept = y.new_empty(kept)
-            native.gather_floats(chunk, _of_places(scale.to(y.dtype), t0 * tile, padded), of_kept)
+            native.gather_channels(chunk, scale.to(y.dtype), t0 * tile, of_kept)
             of_kept = of_kept[:, None]
         return activate(out, kind, of_kept)
 
@@ -170,12 +186,22 @@ class NativeBackend(Backend):
         fill_mirrors(torch.view_as_complex(half), grid)
         return out
 
+    def planes_innermost(self, grid: FrequencyGrid) -> bool:
+        """As the reference's, for larger maps, too."""
+        return max(grid.height, grid.width) <= native.LARGEST_SIDE
+
+    def by_products(self, grid: FrequencyGrid, maps: Tensor) -> bool:
+        """Likewise, whatever the memory order of the maps."""
+        if maps.dtype != torch.float32:
+            return reference.by_products(grid, maps)
+        return self.planes_innermost(grid)
+
     def rows_of_maps(self, maps: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
         """As the reference's."""
-        if maps.dtype != torch.float32 or not reference.by_products(grid, maps):
+        if not (maps.dtype == torch.float32 and self.by_products(grid, maps)):
             return reference.rows_of_maps(maps, grid, padded)
         by = products(grid, grid.count, maps.dtype)
-        parts = parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
+        parts = self.parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
         rows = maps.new_empty(grid.count, padded, 2)
         native.rows_of_parts(parts, by.places, by.band, rows)
         return rows
@@ -198,9 +224,8 @@ class NativeBackend(Backend):
         if not _takes(out, values):
             reference.expand_parts(values, scales, bitmap, offsets, grid, t0, t1, weighted, by, out, index)
             return
-        filled = reference.filled_rows(index)
+        filled = index.filled
         part = Part.of(bitmap, slice(0, filled), t0, t1, offsets, values.shape[0])
-        out.zero_()
         native.expand_parts(part, values, scales, by.places, _factors(grid, weighted), by.band, out)
 
     def gather_parts(
@@ -219,9 +244,24 @@ class NativeBackend(Backend):
         if not _takes(parts, out):
             reference.gather_parts(parts, bitmap, offsets, grid, t0, t1, by, out, index)
             return
-        filled = reference.filled_rows(index)
+        filled = index.filled
         part = Part.of(bitmap, slice(0, filled), t0, t1, offsets, out.shape[0])
         native.gather_parts(part, parts, by.places, _halves(grid), by.band, out)
+
+    def parts_of_maps(self, maps: Tensor, by: Products) -> Tensor:
+        """As the reference's."""
+        if not _takes(maps) or max(by.size) > native.LARGEST_SIDE:
+            return reference.parts_of_maps(maps, by)
+        parts = maps.new_empty(by.rows.shape[0] * by.band, maps.shape[2])
+        native.parts_of_maps(maps, _turns(*by.size, by.bands, by.band), parts)
+        return parts
+
+    def maps_of_parts(self, parts: Tensor, by: Products, out: Tensor) -> None:
+        """As the reference's."""
+        if not _takes(parts, out) or max(by.size) > native.LARGEST_SIDE:
+            reference.maps_of_parts(parts, by, out)
+            return
+        native.maps_of_parts(parts, _transposed(*by.size, by.bands, by.band), out)
 
     def unpack_gradient_rows(
         self,
@@ -249,12 +289,14 @@ class NativeBackend(Backend):
         chunk = Part.of(bitmap, rows, 0, tiles, offsets, last - first, base=first)
         if kind != "identity":
             output, of_kept = values[first:last], None
-            if values.dtype != out.dtype:
+            if values.dtype.is_floating_point:
+                output = output.to(out.dtype)
+            else:
                 output = torch.empty_like(kept)
                 native.read_rows(Part.of(bitmap, rows, 0, tiles, offsets, last), values, scales, first, output)
             if scale is not None:
                 of_kept = kept.new_empty(last - first)
-                native.gather_floats(chunk, _of_places(scale.to(out.dtype), 0, out.shape[1]), of_kept)
+                native.gather_channels(chunk, scale.to(out.dtype), 0, of_kept)
                 of_kept = of_kept[:, None]
             kept, terms = activate_backward(kept, output, kind, of_kept)
             if terms is not None:
@@ -308,14 +350,6 @@ class NativeBackend(Backend):
         native.spread_across(grad, kernel, stride, bits, tile, codes, signs, windows.apart, inner)
         return out
 
-    def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex:
-        """As the reference's."""
-        counts, starts = (torch.empty(offsets.shape, dtype=torch.int64) for _ in range(2))
-        if not (bitmap.is_contiguous() and offsets.is_contiguous()):
-            return reference.tile_index(bitmap, offsets)
-        ordered, filled = native.tile_index(bitmap, offsets, counts, starts)
-        return TileIndex(counts.numpy(), (starts if ordered else offsets.to(torch.int64)).numpy(), ordered, filled)
-
     def kept_rows(
         self, bitmap: Tensor, offsets: Tensor, rows: Tensor, index: TileIndex | None, dtype: torch.dtype
     ) -> KeptRows:
@@ -331,7 +365,7 @@ class NativeBackend(Backend):
         if kept.pattern is not None:
             return super().spread_kept(kept, table)
         out = table.new_empty(_count(kept))
-        native.gather_floats(_part(kept, local=True), table.contiguous(), out)
+        native.gather_channels(_part(kept, local=True), table, 0, out)
         return torch.view_as_real(torch.complex(out, out))
 
     def sum_places(self, kept: KeptRows, numbers: Tensor) -> Tensor:
@@ -413,13 +447,6 @@ def _part(kept: KeptRows, local: bool = False) -> Part:
     return Part.of(kept.bitmap, kept.rows, 0, tiles, kept.offsets, first + count)
 
 
-def _of_places(per_channel: Tensor, first: int, count: int) -> Tensor:
-    """``(count,)``: the entry of ``(C,)`` of the channel at each place from ``first`` on."""
-    channels = per_channel.numel()
-    shift = first % channels
-    return per_channel.to(torch.float32).repeat(-(-(shift + count) // channels))[shift : shift + count].contiguous()
-
-
 def _quantised(kept: Tensor, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     pairs = (2,) if dtype == torch.int8 else ()
     out, scales = torch.empty(kept.shape[0], *pairs, dtype=dtype), torch.empty(starts.shape)
@@ -437,3 +464,25 @@ def _factors(grid: FrequencyGrid, weighted: bool) -> Tensor:
 def _halves(grid: FrequencyGrid) -> Tensor:
     """``(F,)`` float32: half of how often."""
     return grid.weight.to(torch.float32) / 2
+
+
+#: Cosines and sines along the height and along the width.
+_Turns = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@lru_cache(maxsize=128)
+def _turns(height: int, width: int, bands: int, columns: int) -> _Turns:
+    """Of frequencies ``(k, i)`` with the positions of half a side, times the factor of an ortho transform."""
+    cos_y, sin_y = _half_turns(bands, height)
+    return cos_y, sin_y, *_half_turns(columns, width)
+
+
+def _half_turns(count: int, size: int) -> tuple[Tensor, Tensor]:
+    cosine, sine = (t[:, : size // 2 + 1] / math.sqrt(size) for t in turns(torch.arange(count), size))
+    return cosine.to(torch.float32).contiguous(), sine.to(torch.float32).contiguous()
+
+
+@lru_cache(maxsize=128)
+def _transposed(height: int, width: int, bands: int, columns: int) -> _Turns:
+    cos_y, sin_y, cos_x, sin_x = (table.T.contiguous() for table in _turns(height, width, bands, columns))
+    return cos_y, sin_y, cos_x, sin_x

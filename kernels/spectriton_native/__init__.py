@@ -5,14 +5,16 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 """
 
 from spectriton_native.across import pool_across, spread_across
-from spectriton_native.kept import combine_kept, sum_kept, tile_index
+from spectriton_native.kept import combine_kept, sum_kept
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
 from spectriton_native.rows import (
     Part,
+    count_moduli,
     expand_rows,
-    gather_floats,
+    gather_channels,
     gather_rows,
+    index_tiles,
     move_runs,
     place_values,
     quantise,
@@ -21,18 +23,24 @@ from spectriton_native.rows import (
     threshold_rows,
     tile_starts,
 )
+from spectriton_native.transform import LARGEST_SIDE, maps_of_parts, parts_of_maps
 
 __all__ = [
+    "LARGEST_SIDE",
     "Part",
     "Unavailable",
     "combine_kept",
+    "count_moduli",
     "expand_parts",
     "expand_planes",
     "expand_rows",
-    "gather_floats",
+    "gather_channels",
     "gather_parts",
     "gather_rows",
+    "index_tiles",
+    "maps_of_parts",
     "move_runs",
+    "parts_of_maps",
     "place_values",
     "pool_across",
     "quantise",
@@ -42,7 +50,6 @@ __all__ = [
     "sum_kept",
     "sum_rows",
     "threshold_rows",
-    "tile_index",
     "tile_starts",
     "why_unavailable",
 ]

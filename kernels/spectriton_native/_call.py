@@ -14,28 +14,26 @@ from spectriton_native.library import function
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
 
 
+_functions: dict[str, Any] = {}
+
+
 def call(name: str, *arguments: Any, result: Any = None) -> Any:
-    """Call a C function: tensors (or None) as pointers to their data, numbers as int64 or float, then the threads."""
-    kinds, passed = [], []
-    for argument in (*arguments, torch.get_num_threads()):
-        if isinstance(argument, Tensor):
-            kinds.append(ctypes.c_void_p)
-            passed.append(argument.data_ptr())
-        elif isinstance(argument, ctypes.Structure):
-            kinds.append(ctypes.c_void_p)
-            passed.append(ctypes.addressof(argument))
-        else:
-            kinds.append(_KINDS[type(argument)])
-            passed.append(argument)
-    return function(name, tuple(kinds), result)(*passed)
+    """Call a C function: tensors (or None) and structures as pointers, numbers as int64 or float, then the threads.
+
+    The first call says for all of what kinds the arguments are.
+    """
+    found = _functions.get(name)
+    if found is None:
+        found = _functions[name] = function(name, (*map(_kind, arguments), ctypes.c_int64), result)
+    return found(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
 
 
-_KINDS: dict[type, Any] = {
-    type(None): ctypes.c_void_p,
-    int: ctypes.c_int64,
-    bool: ctypes.c_int64,
-    float: ctypes.c_float,
-}
+def _kind(argument: Any) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.POINTER(type(argument))
+    return ctypes.c_float if isinstance(argument, float) else ctypes.c_int64
 
 
 def check_complete(missing: int) -> None:

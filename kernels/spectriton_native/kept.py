@@ -1,4 +1,4 @@
-"""What is kept of rows of packed spectra, and the index of their tiles."""
+"""What is kept of rows of packed spectra, without dense rows."""
 
 from __future__ import annotations
 
@@ -38,12 +38,3 @@ def combine_kept(
     """
     given = (part, values, FORMATS[values.dtype], scales, first, gain, weight, numbers, factors)
     check_complete(call("combine_kept", *given, out, result=ctypes.c_int))
-
-
-def tile_index(bitmap: Tensor, offsets: Tensor, counts: Tensor, starts: Tensor) -> tuple[bool, int]:
-    """Whether values follow each other by ``offsets``, and how many rows come before the empty ones.
-
-    Writes ``(F, T)`` int64: how many values the tiles have, and where they begin if they follow each other.
-    """
-    rows = call("tile_index", bitmap, offsets, *bitmap.shape, counts, starts, result=ctypes.c_int64)
-    return rows >= 0, rows if rows >= 0 else -1 - rows

@@ -148,7 +148,6 @@ def why_unavailable() -> str | None:
     return str(loaded) if isinstance(loaded, Unavailable) else None
 
 
-@lru_cache(maxsize=256)
 def function(name: str, arguments: tuple[Any, ...], result: Any = None) -> Any:
     """A function of the library.
 

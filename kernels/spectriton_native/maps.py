@@ -13,11 +13,11 @@ from spectriton_native.rows import Part
 def expand_parts(
     part: Part, values: Tensor, scales: Tensor, places: Tensor, factors: Tensor, band: int, out: Tensor
 ) -> None:
-    """Writes rows of ``out`` ``(rows, n)``: real parts of frequency ``f`` to row ``places[f]``, others ``band`` below.
+    """Writes ``out`` ``(rows, n)``: the real part of frequency ``f`` in row ``places[f]``, the other ``band`` below.
 
-    All of these rows are written; values are multiplied by ``factors`` ``(F,)``.
+    Values are multiplied by ``factors`` ``(F,)``; rows of no frequency are zero.
     """
-    given = (part, values, FORMATS[values.dtype], scales, places, factors, band, out.shape[1])
+    given = (part, values, FORMATS[values.dtype], scales, places, factors, band, out.shape[1], out.shape[0])
     check_complete(call("expand_parts", *given, out, result=ctypes.c_int))
 
 
@@ -35,6 +35,6 @@ def rows_of_parts(parts: Tensor, places: Tensor, band: int, out: Tensor) -> None
 def expand_planes(
     part: Part, values: Tensor, scales: Tensor, index: Tensor, factors: Tensor | None, out: Tensor
 ) -> None:
-    """Writes half spectra ``out`` ``(n, half, 2)``: frequency ``f`` at ``index[f]``, times ``factors``; mirrors zero."""
+    """Writes half spectra ``out`` ``(n, half, 2)``: frequency ``f`` at ``index[f]``, times ``factors``."""
     given = (part, values, FORMATS[values.dtype], scales, index, factors, out.shape[1], out.shape[0])
     check_complete(call("expand_planes", *given, out, result=ctypes.c_int))

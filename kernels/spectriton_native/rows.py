@@ -80,17 +80,39 @@ def gather_rows(part: Part, y: Tensor, out: Tensor) -> None:
     check_complete(call("gather_rows", part, y, out, result=ctypes.c_int))
 
 
+def index_tiles(bitmap: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, bool, int]:
+    """Fields of :class:`spectriton.reference.TileIndex` of a bitmap ``(F, T, tile / 8)`` and offsets ``(F, T)``."""
+    counts, starts = torch.empty(offsets.shape, dtype=torch.int64), torch.empty(offsets.shape, dtype=torch.int64)
+    filled = torch.empty(1, dtype=torch.int64)
+    ordered = call("index_tiles", bitmap, offsets, *bitmap.shape, counts, starts, filled, result=ctypes.c_int64)
+    return counts, starts, bool(ordered), int(filled)
+
+
+def _going_on(numbers: Tensor) -> Tensor:
+    """``(C + 8,)`` or more: numbers of channels ``(C,)``, and from the start again."""
+    return torch.cat((numbers,) * (2 + 7 // numbers.numel()))  # repeat() takes ten times as long
+
+
 def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor) -> tuple[Tensor, int]:
     """Writes the bitmap of a chunk ``y`` ``(Fc, positions, 2)``; see :func:`spectriton.reference.pack_rows`.
 
-    ``threshold`` is a number or one for each position, ``(positions,)``; squares are compared.
+    ``threshold`` is a number or one for each channel, ``(C,)``; squares are compared.
 
     Returns:
         Where the values of each tile begin, ``(Fc, t1 - t0)`` int32, and how many values there are.
     """
     starts = torch.empty(part.tiles_of(), dtype=torch.int32)
-    bounds, bound = (threshold.square(), 0.0) if isinstance(threshold, Tensor) else (None, float(threshold) ** 2)
-    return starts, call("threshold_rows", part, y, length, bounds, bound, starts, result=ctypes.c_int64)
+    bounds, channels, bound = None, 1, 0.0
+    if isinstance(threshold, Tensor):
+        bounds, channels = _going_on(threshold.square()), threshold.numel()
+    else:
+        bound = float(threshold) ** 2
+    return starts, call("threshold_rows", part, y, length, bounds, channels, bound, starts, result=ctypes.c_int64)
+
+
+def count_moduli(y: Tensor, guard: int, shift: int, counts: Tensor) -> None:
+    """See :func:`spectriton.reference.count_moduli`; rows of ``y`` ``(rows, n, 2)`` may stand apart."""
+    call("count_moduli", y, y.shape[0], y.shape[1], y.stride(0), guard, shift, counts)
 
 
 def tile_starts(part: Part) -> tuple[Tensor, int]:
@@ -99,9 +121,13 @@ def tile_starts(part: Part) -> tuple[Tensor, int]:
     return starts, call("tile_starts", part, starts, result=ctypes.c_int64)
 
 
-def gather_floats(part: Part, row: Tensor, out: Tensor) -> None:
-    """Writes ``out`` ``(N,)``: the entry of ``row`` ``(positions,)`` for each value."""
-    check_complete(call("gather_floats", part, row, out, result=ctypes.c_int))
+def gather_channels(part: Part, numbers: Tensor, first: int, out: Tensor) -> None:
+    """Writes ``out`` ``(N,)``: for each value the one of ``numbers`` ``(C,)`` that belongs to its channel.
+
+    ``first`` is the channel of the first position, or that and a multiple of ``C``.
+    """
+    given = (_going_on(numbers), numbers.numel(), first)
+    check_complete(call("gather_channels", part, *given, out, result=ctypes.c_int))
 
 
 def sum_rows(part: Part, pairs: Tensor, sums: Tensor) -> None:

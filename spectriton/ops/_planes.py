@@ -312,17 +312,13 @@ class Histogram:
     """Counts of moduli, from which a threshold is taken that keeps a set fraction of the coefficients."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_host = backend(device).name != "triton"
+        self._primitives = backend(device)
+        self._on_host = self._primitives.name != "triton"
         self._counts = torch.zeros((1 << (31 - _HISTOGRAM_SHIFT)) + 1, dtype=torch.int64, device=device)
 
     def add(self, y: Tensor) -> None:
-        """Count the moduli of pairs ``(..., 2)``."""
-        size = reference.modulus(y).to(torch.float32).flatten().nan_to_num_(nan=torch.inf)
-        bins = (size.view(torch.int32) + _GUARD) >> _HISTOGRAM_SHIFT
-        if self._on_host:
-            self._counts += torch.bincount(bins, minlength=self._counts.numel())
-        else:  # which bincount would wait for
-            self._counts.index_add_(0, bins, self._counts.new_ones(1).expand(bins.numel()))
+        """Count the moduli of pairs ``(rows, n, 2)``."""
+        self._primitives.count_moduli(y, _GUARD, _HISTOGRAM_SHIFT, self._counts)
 
     def threshold(self, density: float, sizes: Layout) -> float | Tensor:
         """A modulus that at most a fraction of the coefficients of maps reach, within the width of a bin.

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from spectriton import reference
 from spectriton._backend import backend
 from spectriton._check import check_real_maps, fail
 from spectriton.frequencies import frequency_grid
@@ -192,7 +191,7 @@ class _Pooling:
     ) -> None:
         self._size, self._primitives = [sizes.height, sizes.width], backend(device)
         self._windows = Windows(kernel, stride, _code_bits(kernel), sizes.tile, margin)
-        self.across = reference.planes_innermost(frequency_grid(sizes.height, sizes.width, device))
+        self.across = backend(device).planes_innermost(frequency_grid(sizes.height, sizes.width, device))
         height, width = _output_size([n - 2 * margin for n in self._size], kernel, stride)
         self.outputs = height * width
 

@@ -42,7 +42,7 @@ from spectriton.ops._planes import (
 from spectriton.ops.spatial_relu import remake_relu
 from spectriton.ops.spectral_batch_norm import remake
 from spectriton.packed import Layout, PackedSpectrum, layout, most_kept, value_dtype_name
-from spectriton.reference import RowPattern, TileIndex, filled_rows
+from spectriton.reference import RowPattern, TileIndex
 
 
 class _Settings(NamedTuple):
@@ -165,15 +165,17 @@ class _Walk:
         return list(row_chunks(rows, self._bytes_per_row, self._workspace))
 
     def buffers(self, chunks: list[slice]) -> tuple[list[Tensor], Tensor]:
-        """Zeroed pairs ``(A * rows, P, 2)`` for each source, and ``(rows, P, 2)``, of the largest chunk.
-
-        Padding stays zero.
-        """
+        """Pairs ``(A * rows, P, 2)`` for each source, and ``(rows, P, 2)``, of the largest chunk; padding is zero."""
         rows = chunks[0].stop if chunks else 0
         fold = self.stride[0] * self.stride[1]
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.grid.index.device}
-        inputs = [torch.zeros(fold * rows, source.sizes.padded_row, 2, **options) for source in self.sources]
-        return inputs, torch.zeros(rows, self.outputs.padded_row, 2, **options)
+
+        def buffer(rows: int, sizes: Layout) -> Tensor:
+            made = torch.empty(rows, sizes.padded_row, 2, **options)
+            made[:, sizes.row :].zero_()
+            return made
+
+        return [buffer(fold * rows, source.sizes) for source in self.sources], buffer(rows, self.outputs)
 
     def basis(self, part: slice) -> Tensor:
         """``(A, Fc, kh * kw, 2)``."""
@@ -241,7 +243,7 @@ def _channels(buffer: Tensor, sizes: Layout) -> Tensor:
 def _filled_rows(bitmap: Tensor, index: TileIndex | None) -> int:
     """How many frequencies come before the tail at which nothing is kept."""
     if index is not None:
-        return filled_rows(index)
+        return index.filled
     counts = counts_of(bitmap)
     if counts is not None:
         return counts.rows

@@ -15,8 +15,17 @@ from spectriton.reference.kernel_spectrum import (
     taps_matrix,
     taps_of_matrix,
 )
-from spectriton.reference.pack import compact_rows, gather_rows, modulus, pack_rows, quantise, reorder, to_format
-from spectriton.reference.pattern import RowPattern, TileIndex, filled_rows, row_pattern, tile_index
+from spectriton.reference.pack import (
+    compact_rows,
+    count_moduli,
+    gather_rows,
+    modulus,
+    pack_rows,
+    quantise,
+    reorder,
+    to_format,
+)
+from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_index
 from spectriton.reference.rounding import ROUNDINGS, copy_in_range, make_seed, seed_of, stochastic_cast, uniform
 from spectriton.reference.spectral_activation import (
     ACTIVATIONS,
@@ -31,12 +40,14 @@ from spectriton.reference.store_rows import store_rows
 from spectriton.reference.transform import (
     by_products,
     maps_of_half,
+    maps_of_parts,
+    parts_of_maps,
     planes_innermost,
     rows_of_half,
     rows_of_maps,
     spread_rows,
 )
-from spectriton.reference.unpack import expand_parts, gather_parts, maps_from_parts, unpack_planes, unpack_rows
+from spectriton.reference.unpack import expand_parts, gather_parts, unpack_planes, unpack_rows
 
 __all__ = [
     "ACTIVATIONS",
@@ -52,18 +63,19 @@ __all__ = [
     "complex_kernel_spectrum_adjoint",
     "complex_product",
     "copy_in_range",
+    "count_moduli",
     "expand_parts",
-    "filled_rows",
     "gather_parts",
     "gather_rows",
     "kernel_spectrum",
     "kernel_spectrum_adjoint",
     "make_seed",
-    "maps_from_parts",
     "maps_of_half",
+    "maps_of_parts",
     "modulus",
     "pack_codes",
     "pack_rows",
+    "parts_of_maps",
     "planes_innermost",
     "quantise",
     "reorder",

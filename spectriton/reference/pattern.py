@@ -83,8 +83,8 @@ def tile_index(bitmap: Tensor, offsets: Tensor) -> TileIndex:
     starts: NDArray[np.int64] = offsets.cpu().numpy().astype(np.int64)
     following = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
     ordered = bool(((starts == following) | (counts == 0)).all())
-    filled = np.flatnonzero(counts.any(1))
-    return TileIndex(counts, following if ordered else starts, ordered, int(filled[-1]) + 1 if filled.size else 0)
+    rows = np.flatnonzero(counts.any(1))
+    return TileIndex(counts, following if ordered else starts, ordered, int(rows[-1]) + 1 if rows.size else 0)
 
 
 def row_index(rows: slice | Tensor) -> slice | Tensor:
@@ -166,11 +166,6 @@ def part_positions(pattern: RowPattern, padded: int, places: Tensor, planes: int
     """
     shift = places * planes - torch.arange(places.numel(), device=places.device) * padded
     return per_row(shift, pattern).add_(pattern.positions)
-
-
-def filled_rows(index: TileIndex) -> int:
-    """How many frequencies come before the tail at which nothing is kept."""
-    return index.filled
 
 
 def channel_of(positions: Tensor, padded: int, start: int, channels: int) -> Tensor:

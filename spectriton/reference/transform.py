@@ -51,12 +51,22 @@ class Products(NamedTuple):
     self_conjugate: Tensor
 
     @property
+    def size(self) -> tuple[int, int]:
+        """``(H, W)``."""
+        return self.rows.shape[1] // 2, self.columns.shape[1]
+
+    @property
+    def bands(self) -> int:
+        """``K + 1``."""
+        return self.rows.shape[0] // 4 + 1
+
+    @property
     def band(self) -> int:
         """``M``: columns of the half spectrum that are made."""
         return self.columns.shape[0] // 2
 
 
-def _turns(frequencies: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def turns(frequencies: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``(frequencies, size)`` of ``2 pi k n / size``, float64, zeros and ones exact."""
     steps = frequencies[:, None] * torch.arange(size) % size
     angle = steps.to(torch.float64) * (2 * math.pi / size)
@@ -73,9 +83,9 @@ def _products(grid: FrequencyGrid, highest_y: int, highest_x: int, dtype: torch.
     height, width = grid.height, grid.width
     kx = torch.arange(highest_x + 1)
     ky = torch.arange(-highest_y, highest_y + 1) if 2 * highest_y < height else torch.arange(height)
-    cosine, sine = _turns(kx, width)
+    cosine, sine = turns(kx, width)
     columns = torch.cat([cosine, -sine]) / math.sqrt(width)
-    cosine, sine = (t / math.sqrt(height) for t in _turns(ky % height, height))
+    cosine, sine = (t / math.sqrt(height) for t in turns(ky % height, height))
     to_real, to_imaginary = torch.stack([cosine, sine], -1), torch.stack([-sine, cosine], -1)
     rows = torch.stack([to_real, to_imaginary], 1).view(2 * ky.numel(), 2 * height)
     places = (grid.ky - ky[0]) % height * (2 * kx.numel()) + grid.kx

@@ -10,14 +10,13 @@ from spectriton.frequencies import FrequencyGrid
 from spectriton.reference.pattern import (
     RowPattern,
     TileIndex,
-    filled_rows,
     half_positions,
     part_positions,
     repeated,
     row_index,
     row_pattern,
 )
-from spectriton.reference.transform import Products, maps_of_parts
+from spectriton.reference.transform import Products
 
 # A pair of parts, seen as one element: indexing moves it as a whole.
 _PAIR = {
@@ -147,7 +146,7 @@ def expand_parts(
     ``weighted`` counts a coefficient for its conjugate, too, where that is not stored, as ``irfft2`` does. The adjoint
     of maps to their stored coefficients does not.
     """
-    filled = slice(0, filled_rows(index))
+    filled = slice(0, index.filled)
     pattern = row_pattern(bitmap, offsets, filled, t0, t1, index)
     kept = read_values(values, scales, pattern, scales[filled, t0:t1] if scales.numel() else scales, out.dtype)
     if weighted:
@@ -158,20 +157,6 @@ def expand_parts(
     out[by.band :].view(-1).scatter_(0, places, kept[:, 1])
     if weighted:
         out[by.self_conjugate] *= 0.5
-
-
-def maps_from_parts(parts: Tensor, by: Products, out: Tensor) -> None:
-    """Writes the real maps ``out`` ``(n, H, W)`` of parts, by matrix products."""
-    count, maps = out.shape[0], out.permute(1, 2, 0)
-    if maps.is_contiguous():
-        maps_of_parts(parts, by, maps)
-        return
-    innermost = torch.empty_like(maps, memory_format=torch.contiguous_format)
-    maps_of_parts(parts, by, innermost)
-    if out.is_contiguous():  # of two dimensions torch transposes blocks
-        out.view(count, -1).copy_(innermost.view(-1, count).T)
-    else:
-        maps.copy_(innermost)
 
 
 def gather_parts(
@@ -190,7 +175,7 @@ def gather_parts(
     It may change ``parts``.
     """
     parts[by.self_conjugate] *= 0.5
-    filled = slice(0, filled_rows(index))
+    filled = slice(0, index.filled)
     pattern = row_pattern(bitmap, offsets, filled, t0, t1, index)
     places = part_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, by.places[filled], parts.shape[1])
     target, slots = torch.view_as_complex(out), pattern.slots

@@ -11,13 +11,17 @@ typedef struct {
     int64_t first;
 } Kept;
 
-/* A tile of the part: where its values begin, or -1 where they are not all there; and the scale of its values. */
+enum { EMPTY = -2, MISSING = -1 };
+
+/* Where the values of a tile begin, if it has any and they are all there; and their scale. */
 INLINE int64_t start_from(const Kept *kept, int64_t i, int64_t t, int format, float *scale)
 {
     const Part *part = kept->part;
+    if (count_bits(bitmap_of(part, i, t), part->tile_bytes) == 0)
+        return EMPTY;
     const int64_t start = start_of(part, i, t);
     *scale = format >= INT8 ? kept->scales[row_of(part, i) * part->tiles + t] : 1;
-    return start < kept->first && count_bits(bitmap_of(part, i, t), part->tile_bytes) ? -1 : start;
+    return start < kept->first ? MISSING : start;
 }
 
 /* Eight numbers, each of them twice. */
@@ -57,10 +61,10 @@ INLINE int sum_kept_as(const Kept *kept, const float *weight, const float *numbe
     PARALLEL_FOR(positions_of(part))
     for (int64_t t = part->t0; t < part->t1; t++)
         for (int64_t i = 0; i < part->row_count; i++) {
-            float scale;
+            float scale = 1;
             const int64_t start = start_from(kept, i, t, format, &scale);
             if (start < 0) {
-                missing = 1;
+                missing |= start == MISSING;
                 continue;
             }
             const uint8_t *bits = bitmap_of(part, i, t), *source = kept->values + start * stored_bytes(format);
@@ -102,10 +106,10 @@ INLINE int combine_kept_as(const Kept *kept, const float *gain, const float *wei
     PARALLEL_FOR(positions_of(part))
     for (int64_t i = 0; i < part->row_count; i++)
         for (int64_t t = part->t0; t < part->t1; t++) {
-            float scale;
+            float scale = 1;
             const int64_t start = start_from(kept, i, t, format, &scale);
             if (start < 0) {
-                missing = 1;
+                missing |= start == MISSING;
                 continue;
             }
             const uint8_t *bits = bitmap_of(part, i, t), *source = kept->values + start * stored_bytes(format);
@@ -145,25 +149,4 @@ int combine_kept(const Part *part, const uint8_t *values, int64_t format, const 
 {
     const Kept kept = {part, values, scales, first};
     BY_FORMAT(combine_kept_as, &kept, gain, weight, numbers, factors, out, threads)
-}
-
-/* How many values the tiles (rows, tiles) of a pattern have, and where they begin if they follow each other. Returns how
-   many rows come before those that are empty; where values do not follow each other by `offsets`, -1 less that. */
-int64_t tile_index(const uint8_t *bitmap, const int32_t *offsets, int64_t rows, int64_t tiles, int64_t bytes,
-                   int64_t *counts, int64_t *starts, int64_t threads)
-{
-    int64_t total = 0, filled = 0;
-    int ordered = 1;
-    (void)threads; /* one tile after the other */
-    for (int64_t t = 0; t < rows * tiles; t++) {
-        counts[t] = count_bits(bitmap + t * bytes, bytes);
-        starts[t] = total;
-        total += counts[t];
-        if (counts[t]) {
-            ordered &= offsets[t] == starts[t];
-            filled = t + 1;
-        }
-    }
-    filled = tiles ? (filled + tiles - 1) / tiles : 0;
-    return ordered ? filled : -1 - filled;
 }

@@ -44,10 +44,30 @@ INLINE int expand_parts_as(const Part *part, const uint8_t *values, const float 
     return missing;
 }
 
-/* Writes the rows of the parts `out` (rows, planes) that belong to frequencies of the part, times `factors` (F,). */
-int expand_parts(const Part *part, const uint8_t *values, int64_t format, const float *scales, const int64_t *places,
-                 const float *factors, int64_t band, int64_t planes, float *out, int64_t threads)
+/* Clears the rows of parts that belong to no frequency of the part. */
+static void clear_others(const Part *part, const int64_t *places, int64_t band, int64_t planes, int64_t rows, float *out)
 {
+    uint8_t taken[512];
+    for (int64_t first = 0; first < rows; first += 512) {
+        memset(taken, 0, sizeof taken);
+        for (int64_t i = 0; i < part->row_count; i++) {
+            const int64_t real = places[row_of(part, i)] - first, imaginary = real + band;
+            if (real >= 0 && real < 512)
+                taken[real] = 1;
+            if (imaginary >= 0 && imaginary < 512)
+                taken[imaginary] = 1;
+        }
+        for (int64_t row = first; row < first + 512 && row < rows; row++)
+            if (!taken[row - first])
+                memset(out + row * planes, 0, planes * sizeof(float));
+    }
+}
+
+/* Writes the parts `out` (rows, planes): those of frequencies of the part times `factors` (F,), zero elsewhere. */
+int expand_parts(const Part *part, const uint8_t *values, int64_t format, const float *scales, const int64_t *places,
+                 const float *factors, int64_t band, int64_t planes, int64_t rows, float *out, int64_t threads)
+{
+    clear_others(part, places, band, planes, rows, out);
     BY_FORMAT(expand_parts_as, part, values, scales, places, factors, band, planes, out, threads)
 }
 

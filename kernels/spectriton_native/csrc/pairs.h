@@ -125,10 +125,12 @@ INLINE __m512 expand_wide(const uint8_t *source, uint8_t bits, int format)
 INLINE void expand(const uint8_t *source, uint8_t bits, int format, float scale, float *out)
 {
 #if WIDE
-    const __m512 pairs = expand_wide(source, bits, format);
-    /* Where nothing is kept it stays zero, whatever the scale. */
-    const __m512d scaled = _mm512_castps_pd(_mm512_mul_ps(pairs, _mm512_set1_ps(scale)));
-    _mm512_storeu_ps(out, format >= INT8 ? _mm512_castpd_ps(_mm512_maskz_mov_pd(bits, scaled)) : pairs);
+    __m512 pairs = expand_wide(source, bits, format);
+    if (format >= INT8) { /* zero stays zero where the scale is not a number */
+        const __m512 scaled = _mm512_mul_ps(pairs, _mm512_set1_ps(scale));
+        pairs = _mm512_castpd_ps(_mm512_maskz_mov_pd(bits, _mm512_castps_pd(scaled)));
+    }
+    _mm512_storeu_ps(out, pairs);
 #else
     memset(out, 0, 16 * sizeof(float));
     for (unsigned left = bits; left; left &= left - 1, source += stored_bytes(format)) {

@@ -55,10 +55,35 @@ int gather_rows(const Part *part, const float *y, float *out, int64_t threads)
     return missing;
 }
 
+/* Set bits of each tile (F, tiles), where its values begin, and the rows before the tail at which nothing is kept.
+
+   Returns whether values follow the tiles without gaps; empty tiles begin then where the next one does. */
+int64_t index_tiles(const uint8_t *bitmap, const int32_t *offsets, int64_t frequencies, int64_t tiles, int64_t tile_bytes,
+                    int64_t *counts, int64_t *starts, int64_t *filled, int64_t threads)
+{
+    (void)threads;
+    int64_t total = 0, ordered = 1;
+    *filled = 0;
+    for (int64_t t = 0; t < frequencies * tiles; t++) {
+        counts[t] = count_bits(bitmap + t * tile_bytes, tile_bytes);
+        starts[t] = total;
+        if (counts[t]) {
+            *filled = t / tiles + 1;
+            ordered &= offsets[t] == total;
+        }
+        total += counts[t];
+    }
+    if (!ordered)
+        for (int64_t t = 0; t < frequencies * tiles; t++)
+            starts[t] = offsets[t];
+    return ordered;
+}
+
 /* Where the values of each tile begin where those of the part follow each other, (row_count, t1 - t0); returns how many
    there are. */
-int64_t tile_starts(const Part *part, int32_t *starts)
+int64_t tile_starts(const Part *part, int32_t *starts, int64_t threads)
 {
+    (void)threads;
     int64_t total = 0;
     for (int64_t i = 0; i < part->row_count; i++)
         for (int64_t t = part->t0; t < part->t1; t++) {
@@ -97,35 +122,62 @@ INLINE uint8_t not_below_wide(const float *pairs, const float *bounds, float bou
 /* Writes which pairs of the chunk `y` are kept, and where in the chunk's values each tile begins, (row_count, t1 - t0).
 
    Kept is what is not below a bound of the square of the modulus, one for all or, where `bounds` is given, one for each
-   position; of row 0, if it is among the rows, everything. Nothing is kept beyond `length` positions of a whole row.
+   of `channels`, as gather_channels takes them; of row 0, if it is among the rows, everything. Nothing is kept beyond `length` positions of a whole row.
    Returns how many are kept. */
-int64_t threshold_rows(const Part *part, const float *y, int64_t length, const float *bounds, float bound,
-                       int32_t *starts, int64_t threads)
+int64_t threshold_rows(const Part *part, const float *y, int64_t length, const float *bounds, int64_t channels,
+                       float bound, int32_t *starts, int64_t threads)
 {
     const int64_t tiles = part->t1 - part->t0, bytes = part->tile_bytes, first = part->t0 * bytes * 8;
+    const int64_t step = 8 % channels;
     PARALLEL_FOR(positions_of(part))
     for (int64_t i = 0; i < part->row_count; i++) {
         const int64_t all = row_of(part, i) == 0;
         uint8_t *bits = (uint8_t *)bitmap_of(part, i, part->t0);
         const float *row = y + i * tiles * bytes * 16;
+        int64_t channel = first % channels;
         for (int64_t j = 0; j < tiles * bytes; j++) {
             const int64_t room = length - first - 8 * j;
             uint8_t kept = 0;
             if (room > 0) {
-                kept = all ? 0xff : not_below(row + 16 * j, bounds ? bounds + 8 * j : 0, bound);
+                kept = all ? 0xff : not_below(row + 16 * j, bounds ? bounds + channel : 0, bound);
                 if (room < 8)
                     kept &= (1u << room) - 1;
             }
             bits[j] = kept;
+            channel += step;
+            if (channel >= channels)
+                channel -= channels;
         }
     }
-    return tile_starts(part, starts);
+    return tile_starts(part, starts, threads);
 }
 
-/* One of `row` (t1 - t0 tiles of positions) for every kept coefficient. */
-int gather_floats(const Part *part, const float *row, float *out, int64_t threads)
+/* Counts moduli of pairs (rows, n), `pitch` floats a row, by the leading bits of their patterns, what is not a number as
+   infinite. */
+void count_moduli(const float *y, int64_t rows, int64_t n, int64_t pitch, int64_t guard, int64_t shift, int64_t *counts,
+                  int64_t threads)
 {
-    const int64_t bytes = part->tile_bytes;
+    (void)threads;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t first = 0; first < n; first += 256) {
+            const int64_t some = n - first < 256 ? n - first : 256;
+            const float *pairs = y + i * pitch + 2 * first;
+            int32_t bins[256];
+            for (int64_t k = 0; k < some; k++) {
+                const float size = sqrtf(pairs[2 * k] * pairs[2 * k] + pairs[2 * k + 1] * pairs[2 * k + 1]);
+                bins[k] = (int32_t)((to_bits(size <= INFINITY ? size : INFINITY) + (uint32_t)guard) >> shift);
+            }
+            for (int64_t k = 0; k < some; k++)
+                counts[bins[k]]++;
+        }
+}
+
+/* One of `numbers` for every kept coefficient: that of its channel.
+
+   Channels follow each other, `first` is that of the first position. `numbers` (channels + 8,) go on from the start. */
+int gather_channels(const Part *part, const float *numbers, int64_t channels, int64_t first, float *out, int64_t threads)
+{
+    const int64_t bytes = part->tile_bytes, step = 8 % channels;
     int missing = 0;
     PARALLEL_FOR(positions_of(part))
     for (int64_t i = 0; i < part->row_count; i++)
@@ -136,9 +188,10 @@ int gather_floats(const Part *part, const float *row, float *out, int64_t thread
                 continue;
             }
             const uint8_t *bits = bitmap_of(part, i, t);
-            const float *source = row + (t - part->t0) * bytes * 8;
+            int64_t channel = (first + (t - part->t0) * bytes * 8) % channels;
             float *target = out + start;
-            for (int64_t j = 0; j < bytes; j++, source += 8) {
+            for (int64_t j = 0; j < bytes; j++) {
+                const float *source = numbers + channel;
 #if WIDE
                 const int count = __builtin_popcount(bits[j]);
                 _mm256_mask_storeu_ps(target, (1u << count) - 1, _mm256_maskz_compress_ps(bits[j], _mm256_loadu_ps(source)));
@@ -147,6 +200,9 @@ int gather_floats(const Part *part, const float *row, float *out, int64_t thread
                 for (unsigned left = bits[j]; left; left &= left - 1)
                     *target++ = source[__builtin_ctz(left)];
 #endif
+                channel += step;
+                if (channel >= channels)
+                    channel -= channels;
             }
         }
     return missing;
