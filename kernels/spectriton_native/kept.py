@@ -1,4 +1,4 @@
-"""What is kept of rows of packed spectra, without dense rows."""
+"""What is kept of rows of packed spectra."""
 
 from __future__ import annotations
 

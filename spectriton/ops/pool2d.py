@@ -191,7 +191,7 @@ class _Pooling:
     ) -> None:
         self._size, self._primitives = [sizes.height, sizes.width], backend(device)
         self._windows = Windows(kernel, stride, _code_bits(kernel), sizes.tile, margin)
-        self.across = backend(device).planes_innermost(frequency_grid(sizes.height, sizes.width, device))
+        self.across = self._primitives.planes_innermost(frequency_grid(sizes.height, sizes.width, device))
         height, width = _output_size([n - 2 * margin for n in self._size], kernel, stride)
         self.outputs = height * width
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -156,16 +151,3 @@ def test_the_op(monkeypatch: pytest.MonkeyPatch, value_dtype: str, kind: str, wo
         # A value between two levels may go to either.
         tolerance = 1e-4 if value_dtype == "float32" else 3e-2
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=tolerance)
-
-
-def test_without_wide_instructions(tmp_path: Path):
-    """This file and that of pooling again, on a library for any processor of this kind."""
-    files = [__file__, str(Path(__file__).with_name("test_across.py"))]
-    program = (
-        "import sys, pytest, spectriton_native.library as library\n"
-        "library._FOR_THIS_PROCESSOR = '-DPORTABLE'\n"
-        f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *{files!r}, '-k', 'not wide_instructions']))"
-    )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
