@@ -108,6 +108,18 @@ def test_a_tile_without_a_scale(native: Backend):
     assert torch.equal(dense[0, :, 0].isnan(), bits.flatten() == 1)
 
 
+def test_sums_are_in_double_precision(native: Backend):
+    """Many small squares beside a large one, which in float32 would swallow them."""
+    packed = packed_of((40, 8, 4, 4), "float32")
+    packed.values.fill_(1e-3)
+    packed.values[0] = 30
+    rows = some_rows(packed, "all")
+    sums = native.sum_kept(rows_of(native, packed, rows), packed.values, packed.scales, torch.ones(rows.numel()), None)
+    others = int((packed.bitmap[1:, 0, 0] & 1).sum())  # kept at the first place, besides the large one
+    assert others > 0
+    assert float(sums[0]) - 2 * 30**2 == pytest.approx(others * 2e-6, rel=1e-4)
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 4, 4)])
 def test_tile_index(native: Backend, shape: tuple[int, int, int, int]):
     packed = packed_of(shape, "float16")
