@@ -32,7 +32,7 @@ from spectriton.ops._planes import (
 )
 from spectriton.ops._rows import store_rows
 from spectriton.ops.pool2d import _code_bytes, _map_reader, _output_size, _Pooling, check_max_pool
-from spectriton.ops.spectral_batch_norm import check_norm, moved, norm_factor, norm_gradients, statistics_of
+from spectriton.ops.spectral_batch_norm import check_norm, moved, norm_factor, norm_gradients, per_plane, statistics_of
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge, value_dtype_name
 
 _NORM = "Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var"
@@ -76,7 +76,7 @@ def _activated(
     if mean is not None and var is not None:
         factor = norm_factor(weight, var, eps)
         offset = -mean.double() * factor if bias is None else bias - mean.double() * factor
-        affine = factor.to(dtype).repeat(shape[0]), offset.to(dtype).repeat(shape[0])
+        affine = per_plane(factor.to(dtype), shape[0]), per_plane(offset.to(dtype), shape[0])
 
     def planes(first: int, last: int) -> Tensor:
         # Smaller maps have tiles of as many planes or more: these are whole tiles of the large ones, too.

@@ -232,7 +232,7 @@ class _Walk:
 
     def per_place(self, per_channel: Tensor) -> Tensor:
         """``(C,)`` to the places ``(P,)`` of a row."""
-        row = per_channel.to(self.dtype).repeat(self.sizes.batch)
+        row = per_plane(per_channel.to(self.dtype), self.sizes.batch)
         return functional.pad(row, (0, self.sizes.padded_row - self.sizes.row))
 
     def per_channel(self, row: Tensor) -> Tensor:
@@ -301,6 +301,11 @@ class _Affine:
         if centred is not None:
             chunk.zero_frequency(out).copy_(centred * self._factor + self._bias)
         return out
+
+
+def per_plane(per_channel: Tensor, batch: int) -> Tensor:
+    """``(C,)`` to the planes ``(B * C,)``."""
+    return per_channel.expand(batch, -1).reshape(-1)
 
 
 def norm_factor(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:

@@ -11,13 +11,17 @@ typedef struct {
     int64_t first;
 } Kept;
 
-/* A tile of the part: where its values begin, or -1 where they are not all there; and the scale of its values. */
+enum { EMPTY = -2, MISSING = -1 };
+
+/* Where the values of a tile begin, if it has any and they are all there; and their scale. */
 INLINE int64_t start_from(const Kept *kept, int64_t i, int64_t t, int format, float *scale)
 {
     const Part *part = kept->part;
+    if (count_bits(bitmap_of(part, i, t), part->tile_bytes) == 0)
+        return EMPTY;
     const int64_t start = start_of(part, i, t);
     *scale = format >= INT8 ? kept->scales[row_of(part, i) * part->tiles + t] : 1;
-    return start < kept->first && count_bits(bitmap_of(part, i, t), part->tile_bytes) ? -1 : start;
+    return start < kept->first ? MISSING : start;
 }
 
 /* Eight numbers, each of them twice. */
@@ -32,18 +36,20 @@ INLINE void twice(const float *numbers, float *out)
 #endif
 }
 
-/* Adds the products of eight pairs, real parts and imaginary parts, to sums. */
-INLINE void add_products(const float *a, const float *b, double factor, double *sums)
+/* Adds the products of eight pairs, real parts and imaginary parts, to those of the sums whose bits are set: a factor
+   that is not a number must not reach the others. */
+INLINE void add_products(const float *a, const float *b, uint8_t bits, double factor, double *sums)
 {
 #if WIDE
     const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b));
     const __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512 pairs = _mm512_permutexvar_ps(even, _mm512_add_ps(products, _mm512_permute_ps(products, 0xb1)));
     const __m512d eight = _mm512_cvtps_pd(_mm512_castps512_ps256(pairs));
-    _mm512_storeu_pd(sums, _mm512_fmadd_pd(eight, _mm512_set1_pd(factor), _mm512_loadu_pd(sums)));
+    _mm512_storeu_pd(sums, _mm512_mask3_fmadd_pd(eight, _mm512_set1_pd(factor), _mm512_loadu_pd(sums), bits));
 #else
     for (int k = 0; k < 8; k++)
-        sums[k] += factor * (double)(a[2 * k] * b[2 * k] + a[2 * k + 1] * b[2 * k + 1]);
+        if (bits >> k & 1)
+            sums[k] += factor * (double)(a[2 * k] * b[2 * k] + a[2 * k + 1] * b[2 * k + 1]);
 #endif
 }
 
@@ -55,10 +61,10 @@ INLINE int sum_kept_as(const Kept *kept, const float *weight, const float *numbe
     PARALLEL_FOR(positions_of(part))
     for (int64_t t = part->t0; t < part->t1; t++)
         for (int64_t i = 0; i < part->row_count; i++) {
-            float scale;
+            float scale = 1;
             const int64_t start = start_from(kept, i, t, format, &scale);
             if (start < 0) {
-                missing = 1;
+                missing |= start == MISSING;
                 continue;
             }
             const uint8_t *bits = bitmap_of(part, i, t), *source = kept->values + start * stored_bytes(format);
@@ -76,7 +82,7 @@ INLINE int sum_kept_as(const Kept *kept, const float *weight, const float *numbe
                     expand((const uint8_t *)other, bits[j], FLOAT32, 1, others);
                     other += 2 * count;
                 }
-                add_products(values, other ? others : values, factor, target + 8 * j);
+                add_products(values, other ? others : values, bits[j], factor, target + 8 * j);
             }
         }
     return missing;
@@ -100,10 +106,10 @@ INLINE int combine_kept_as(const Kept *kept, const float *gain, const float *wei
     PARALLEL_FOR(positions_of(part))
     for (int64_t i = 0; i < part->row_count; i++)
         for (int64_t t = part->t0; t < part->t1; t++) {
-            float scale;
+            float scale = 1;
             const int64_t start = start_from(kept, i, t, format, &scale);
             if (start < 0) {
-                missing = 1;
+                missing |= start == MISSING;
                 continue;
             }
             const uint8_t *bits = bitmap_of(part, i, t), *source = kept->values + start * stored_bytes(format);
