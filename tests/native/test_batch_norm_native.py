@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from spectriton import PackedSpectrum, ops
-from spectriton._backend import Backend, why_not_native
+from spectriton._backend import Backend
 from spectriton.reference.kept import KeptRows
 
-pytestmark = pytest.mark.skipif(why_not_native() is not None, reason=f"no C functions: {why_not_native()}")
+pytestmark = pytest.mark.usefixtures("build")
 
 DTYPES = ["float32", "float16", "bfloat16", "int8", "int4"]
 SHAPES = [(3, 5, 7, 6), (40, 8, 4, 4), (1, 1, 1, 1), (2, 130, 5, 4)]
