@@ -7,6 +7,7 @@ reference.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ import spectriton_native as native
 from spectriton import reference
 from spectriton._backend import Backend
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference import RowPattern, TileIndex, activate, activate_backward
+from spectriton.reference import RowPattern, TileIndex, activate, activate_backward, block_codec
+from spectriton.reference.block_codec import BlockLayout, Plan
+from spectriton.reference.rounding import noise_key
 from spectriton.reference.transform import Products, parts_of_maps, products
 from spectriton.reference.unpack import fill_mirrors
 from spectriton_native import Part
@@ -262,6 +265,66 @@ class NativeBackend(Backend):
                 grad_scale = sums[: out.shape[1] // channels * channels].view(-1, channels, 2).sum((0, 2))
         native.expand_rows(chunk, kept.contiguous(), scales, out)
         return grad_scale
+
+    def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout) -> Plan:
+        """Of all rows: the functions pass over those without bits."""
+        return block_codec.make_plan(stored, layout, compact=False)
+
+    def ready_plan(self, plan: Plan, layout: BlockLayout) -> Plan:
+        """As the reference's; of what the functions do not take nothing stays."""
+        none, tables = plan.rows.new_empty(0), _block_tables(plan)
+        change = plan.change._replace(basis=None)
+        return plan._replace(change=change, rows=none, width=none, start=none, encoding=tables, decoding=tables)
+
+    def encode_blocks(
+        self, x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | None, workspace: int
+    ) -> Tensor:
+        """As the reference's, sixteen blocks at a time on each thread."""
+        key = None if seed is None else noise_key(seed)
+        records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8)
+        native.encode_blocks(_coding(x, layout, plan, plan.change.inverse), key, records)
+        return records
+
+    def decode_blocks(self, records: Tensor, layout: BlockLayout, plan: Plan, out: Tensor, workspace: int) -> Tensor:
+        """As the reference's, likewise."""
+        native.decode_blocks(_coding(out, layout, plan, plan.change.scale), records.contiguous())
+        return out
+
+
+class BlockTables(NamedTuple):
+    """What the functions take of a plan.
+
+    Attributes:
+        bits: ``(rows,)`` uint8, of the fields.
+        deviation: ``(rows,)`` float32.
+        basis: ``(G, g, g)`` float32, components in the rows; None for g = 1.
+    """
+
+    bits: Tensor
+    deviation: Tensor
+    basis: Tensor | None
+
+
+def _block_tables(plan: Plan) -> BlockTables:
+    basis = plan.change.basis
+    return BlockTables(plan.width.to(torch.uint8), plan.deviation, None if basis is None else basis.mT.contiguous())
+
+
+def _coding(maps: Tensor, layout: BlockLayout, plan: Plan, factor: Tensor) -> native.Coding:
+    tables = plan.encoding or _block_tables(plan)
+    return native.Coding.of(
+        maps,
+        layout,
+        plan.change.mean.contiguous(),
+        factor.contiguous(),
+        tables.basis,
+        tables.bits,
+        tables.deviation,
+        block_codec.dct_matrices(layout.edges, maps.device),
+        block_codec.quantiser_levels(maps.device),
+        block_codec.compander_factors(maps.device),
+        block_codec.RATE,
+    )
 
 
 def _takes(dense: Tensor, *others: Tensor) -> bool:

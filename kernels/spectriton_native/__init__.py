@@ -4,6 +4,7 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 (stored values in any format) on the CPU, contiguous, and check nothing but that values are where offsets say.
 """
 
+from spectriton_native.blocks import Coding, decode_blocks, encode_blocks
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
 from spectriton_native.rows import (
@@ -21,8 +22,11 @@ from spectriton_native.rows import (
 )
 
 __all__ = [
+    "Coding",
     "Part",
     "Unavailable",
+    "decode_blocks",
+    "encode_blocks",
     "expand_parts",
     "expand_planes",
     "expand_rows",

@@ -431,7 +431,7 @@ def _compact_plan(change: Transform, classes: NDArray[np.uint8], deviation: Tens
 
 
 @lru_cache(maxsize=64)
-def _dct_matrices(edges: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+def dct_matrices(edges: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Orthonormal DCT-II down and across a block, frequencies down, positions across."""
 
     def one(size: int) -> Tensor:
@@ -446,7 +446,7 @@ def _dct_matrices(edges: tuple[int, int], device: torch.device) -> tuple[Tensor,
 @lru_cache(maxsize=64)
 def dct_matrix(edges: tuple[int, int], device: torch.device) -> Tensor:
     """``(M, M)`` orthonormal DCT-II of blocks, frequencies down, positions across, both row by row."""
-    return torch.kron(*_dct_matrices(edges, device))
+    return torch.kron(*dct_matrices(edges, device))
 
 
 def transform(maps: Tensor, layout: BlockLayout, change: Transform) -> Tensor:
@@ -455,7 +455,7 @@ def transform(maps: Tensor, layout: BlockLayout, change: Transform) -> Tensor:
     count = blocks.shape[1]
     if change.basis is not None:
         blocks = torch.matmul(change.basis.mT, blocks.view(layout.groups, layout.mix, -1))
-    down, across = _dct_matrices(layout.edges, maps.device)
+    down, across = dct_matrices(layout.edges, maps.device)
     # Each product takes the last axis to the front.
     values = torch.mm(across, blocks.view(-1, layout.edges[1]).T)
     values = torch.mm(down, values.view(-1, layout.edges[0]).T)
