@@ -66,7 +66,7 @@ class KeptPlan:
 
     def of_maps(self, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Plan]:
         """What to store beside the records of maps ``x``, and how to encode them."""
-        mean = block_codec.channel_means(x, self.layout)
+        mean = self._runs.channel_means(x, self.layout)
         scales = torch.cat([mean, self._scales[mean.numel() :]])
         return (scales, self._basis, self._spectrum), self._with_means(scales)
 

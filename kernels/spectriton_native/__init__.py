@@ -5,6 +5,17 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 """
 
 from spectriton_native.blocks import Coding, decode_blocks, encode_blocks
+from spectriton_native.dense import (
+    Pooling,
+    channel_means,
+    clear_outside,
+    pool_maxima,
+    pool_maxima_again,
+    rebuild,
+    rectify,
+    rectify_again,
+    spread_maxima,
+)
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
 from spectriton_native.rows import (
@@ -24,7 +35,10 @@ from spectriton_native.rows import (
 __all__ = [
     "Coding",
     "Part",
+    "Pooling",
     "Unavailable",
+    "channel_means",
+    "clear_outside",
     "decode_blocks",
     "encode_blocks",
     "expand_parts",
@@ -35,9 +49,15 @@ __all__ = [
     "gather_rows",
     "move_runs",
     "place_values",
+    "pool_maxima",
+    "pool_maxima_again",
     "quantise",
     "read_rows",
+    "rebuild",
+    "rectify",
+    "rectify_again",
     "rows_of_parts",
+    "spread_maxima",
     "sum_rows",
     "threshold_rows",
     "tile_starts",
