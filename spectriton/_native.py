@@ -274,7 +274,7 @@ class NativeBackend(Backend):
 
     def ready_plan(self, plan: Plan, layout: BlockLayout) -> Plan:
         """As the reference's; of what the functions do not take nothing stays."""
-        none, tables = plan.rows.new_empty(0), _block_tables(plan)
+        none, tables = plan.rows.new_empty(0), _block_tables(plan, layout)
         change = plan.change._replace(basis=None)
         return plan._replace(change=change, rows=none, width=none, start=none, encoding=tables, decoding=tables)
 
@@ -284,12 +284,14 @@ class NativeBackend(Backend):
         """As the reference's, sixteen blocks at a time on each thread."""
         key = None if seed is None else noise_key(seed)
         records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8)
-        native.encode_blocks(_coding(x, layout, plan, plan.change.inverse), key, records)
+        change, coding = plan.change, _coding(plan, layout)
+        native.encode_blocks(coding, x, change.mean.contiguous(), change.inverse.contiguous(), key, records)
         return records
 
     def decode_blocks(self, records: Tensor, layout: BlockLayout, plan: Plan, out: Tensor, workspace: int) -> Tensor:
         """As the reference's, likewise."""
-        native.decode_blocks(_coding(out, layout, plan, plan.change.scale), records.contiguous())
+        change, coding = plan.change, _coding(plan, layout)
+        native.decode_blocks(coding, out, change.mean.contiguous(), change.scale.contiguous(), records.contiguous())
         return out
 
     def channel_means(self, x: Tensor, layout: BlockLayout) -> Tensor:
@@ -405,61 +407,24 @@ class BlockTables(NamedTuple):
         bits: ``(rows,)`` uint8, of the fields.
         deviation: ``(rows,)`` float32.
         basis: ``(G, g, g)`` float32, components in the rows; None for g = 1.
+        coding: pointers to all of them.
     """
 
     bits: Tensor
     deviation: Tensor
     basis: Tensor | None
+    coding: native.Coding
 
 
-def _block_tables(plan: Plan) -> BlockTables:
-    basis = plan.change.basis
-    return BlockTables(plan.width.to(torch.uint8), plan.deviation, None if basis is None else basis.mT.contiguous())
+def _block_tables(plan: Plan, layout: BlockLayout) -> BlockTables:
+    basis, cpu = plan.change.basis, plan.deviation.device
+    tables = plan.width.to(torch.uint8), plan.deviation, None if basis is None else basis.mT.contiguous()
+    bits, deviation, rows = tables
+    constants = block_codec.quantiser_levels(cpu), block_codec.compander_factors(cpu), block_codec.RATE
+    dct = block_codec.dct_matrices(layout.edges, cpu)
+    return BlockTables(*tables, native.Coding.of(layout, rows, bits, deviation, dct, *constants))
 
 
-def _coding(maps: Tensor, layout: BlockLayout, plan: Plan, factor: Tensor) -> native.Coding:
-    tables = plan.encoding or _block_tables(plan)
-    return native.Coding.of(
-        maps,
-        layout,
-        plan.change.mean.contiguous(),
-        factor.contiguous(),
-        tables.basis,
-        tables.bits,
-        tables.deviation,
-        block_codec.dct_matrices(layout.edges, maps.device),
-        block_codec.quantiser_levels(maps.device),
-        block_codec.compander_factors(maps.device),
-        block_codec.RATE,
-    )
-
-
-def _takes(dense: Tensor, *others: Tensor) -> bool:
-    """Whether the functions take these tensors: a dense one, whose precision counts, and others."""
-    return dense.dtype == torch.float32 and all(t.is_contiguous() and not t.is_cuda for t in (dense, *others))
-
-
-def _of_places(per_channel: Tensor, first: int, count: int) -> Tensor:
-    """``(count,)``: the entry of ``(C,)`` of the channel at each place from ``first`` on."""
-    channels = per_channel.numel()
-    shift = first % channels
-    return per_channel.to(torch.float32).repeat(-(-(shift + count) // channels))[shift : shift + count].contiguous()
-
-
-def _quantised(kept: Tensor, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    pairs = (2,) if dtype == torch.int8 else ()
-    out, scales = torch.empty(kept.shape[0], *pairs, dtype=dtype), torch.empty(starts.shape)
-    native.quantise(kept, starts, out, scales)
-    return out, scales
-
-
-@lru_cache(maxsize=128)
-def _factors(grid: FrequencyGrid, weighted: bool) -> Tensor:
-    """``(F,)`` float32: how often a coefficient counts in a map."""
-    return grid.weight.to(torch.float32) if weighted else torch.ones(grid.count)
-
-
-@lru_cache(maxsize=64)
-def _halves(grid: FrequencyGrid) -> Tensor:
-    """``(F,)`` float32: half of how often."""
-    return grid.weight.to(torch.float32) / 2
+def _coding(plan: Plan, layout: BlockLayout) -> native.Coding:
+    coding: native.Coding = (plan.encoding or _block_tables(plan, layout)).coding
+    return coding

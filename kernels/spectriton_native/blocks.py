@@ -38,27 +38,22 @@ class Layout(Protocol):
 
 
 class Coding(ctypes.Structure):
-    """Maps and how they are coded, as the C functions take it. See :meth:`Coding.of`."""
+    """A plan of all rows, as the C functions take it. See :meth:`Coding.of`."""
 
-    _pointers = ("mean", "factor", "basis", "bits", "deviation", "down", "across", "levels", "compander")
-    _numbers = (
-        *("batch", "channels", "height", "width", "format"),
-        *("stride_b", "stride_c", "stride_y", "stride_x"),
-        *("edge_h", "edge_w", "blocks_down", "blocks_across"),
-        *("components", "part", "record"),
-    )
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _pointers),
-        *((name, ctypes.c_int64) for name in _numbers),
+        *((name, ctypes.c_void_p) for name in ("basis", "bits", "deviation", "down", "across", "levels", "compander")),
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("edge_h", "edge_w", "blocks_down", "blocks_across")),
+        *((name, ctypes.c_int64) for name in ("components", "part", "record")),
         ("rate", ctypes.c_float),
+        # Of the maps; the functions fill in a copy.
+        *((name, ctypes.c_void_p) for name in ("mean", "factor")),
+        *((name, ctypes.c_int64) for name in ("format", "stride_b", "stride_c", "stride_y", "stride_x")),
     )
 
     @staticmethod
     def of(
-        maps: Tensor,
         layout: Layout,
-        mean: Tensor,
-        factor: Tensor,
         basis: Tensor | None,
         bits: Tensor,
         deviation: Tensor,
@@ -67,14 +62,10 @@ class Coding(ctypes.Structure):
         compander: Tensor,
         rate: float,
     ) -> Coding:
-        """Maps of a layout, and the plan to code them by; tensors are float32 and contiguous but where it says so.
+        """How maps of a layout are coded; tensors are contiguous, float32 but for the bits.
 
         Args:
-            maps: ``(B, C, H, W)`` of any strides, in one of :data:`MAP_FORMATS`.
-            layout: theirs, with blocks of at most 8 positions an edge.
-            mean: ``(C,)``, of the channels.
-            factor: ``(C,)``, what values are multiplied by: the inverse of the scale in encoding, the scale in
-                decoding.
+            layout: of the maps, with blocks of at most 8 positions an edge.
             basis: ``(G, g, g)``, components in the rows; None for g = 1.
             bits: ``(components * M,)`` uint8, of the field of each row.
             deviation: ``(components * M,)``, of each row.
@@ -85,13 +76,11 @@ class Coding(ctypes.Structure):
         """
         assert max(layout.edges) <= _EDGE, "blocks too large"
         part = layout.mix if basis is not None else min(layout.components, _SEPARATE)
-        held = (mean, factor, basis, bits, deviation, *dct, levels, compander)
+        held = (basis, bits, deviation, *dct, levels, compander)
         assert all(t is None or t.is_contiguous() for t in held), "tables must be contiguous"
         coding = Coding(
             *(None if t is None else t.data_ptr() for t in held),
-            *maps.shape,
-            MAP_FORMATS[maps.dtype],
-            *maps.stride(),
+            *layout.shape,
             *layout.edges,
             *layout.grid,
             layout.components,
@@ -100,29 +89,37 @@ class Coding(ctypes.Structure):
             rate,
         )
         coding.held = held  # as long as there are pointers to them
-        coding.maps = maps
+        coding.sizes = {}
         return coding
 
     def memory(self) -> Tensor:
         """What the functions work in."""
-        size = call("memory_of_blocks", self, result=ctypes.c_int64)
-        return torch.empty(size, dtype=torch.uint8)
+        threads = torch.get_num_threads()
+        if threads not in self.sizes:
+            self.sizes[threads] = call("memory_of_blocks", self, result=ctypes.c_int64)
+        return torch.empty(self.sizes[threads], dtype=torch.uint8)
 
 
-def encode_blocks(coding: Coding, key: Tensor | None, records: Tensor) -> None:
+def encode_blocks(
+    coding: Coding, maps: Tensor, mean: Tensor, inverse: Tensor, key: Tensor | None, records: Tensor
+) -> None:
     """Writes ``records`` ``(N, L)`` uint8; bits beyond the last field are 0.
 
     Args:
-        coding: the maps.
+        coding: the plan.
+        maps: ``(B, C, H, W)`` of any strides, in one of :data:`MAP_FORMATS`.
+        mean, inverse: ``(C,)`` float32, contiguous, mean and inverse scale of each channel.
         key: 0-dimensional int32, that of the noise of stochastic rounding; None: to the nearest.
         records: contiguous.
     """
-    _check_fit(call("encode_blocks", coding, coding.maps, key, coding.memory(), records, result=ctypes.c_int))
+    given = (maps, MAP_FORMATS[maps.dtype], *maps.stride(), mean, inverse)
+    _check_fit(call("encode_blocks", coding, *given, key, coding.memory(), records, result=ctypes.c_int))
 
 
-def decode_blocks(coding: Coding, records: Tensor) -> None:
-    """Writes all maps of records ``(N, L)``, contiguous."""
-    _check_fit(call("decode_blocks", coding, records, coding.memory(), coding.maps, result=ctypes.c_int))
+def decode_blocks(coding: Coding, maps: Tensor, mean: Tensor, scale: Tensor, records: Tensor) -> None:
+    """Writes all ``maps`` of records ``(N, L)``, contiguous; otherwise as :func:`encode_blocks`."""
+    given = (maps, MAP_FORMATS[maps.dtype], *maps.stride(), mean, scale)
+    _check_fit(call("decode_blocks", coding, *given, records, coding.memory(), result=ctypes.c_int))
 
 
 def _check_fit(problem: Any) -> None:

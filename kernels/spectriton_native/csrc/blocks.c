@@ -29,21 +29,22 @@ typedef int8_t Bytes __attribute__((vector_size(16), may_alias));
 
 enum map_format { MAP_FLOAT32 = 0, MAP_FLOAT16 = 1, MAP_BFLOAT16 = 2, MAP_FLOAT64 = 3 };
 
-/* Maps, and how they are coded. */
+/* How maps are coded; and the maps, of which a plan knows nothing but their shape. */
 typedef struct {
-    const float *mean, *factor; /* (channels,): what values are divided (encoding) or multiplied by (decoding) */
     const float *basis; /* (parts, part, part): the channels of each component; NULL for none */
     const uint8_t *bits; /* (components, edge_h * edge_w): of each number */
     const float *deviation; /* the same shape */
     const float *down, *across; /* DCT matrices (edge_h, edge_h) and (edge_w, edge_w), frequencies down */
     const float *levels; /* those of b bits from 2^b on */
     const float *compander; /* (9,) factors by bits */
-    int64_t batch, channels, height, width, format;
-    int64_t stride_b, stride_c, stride_y, stride_x; /* in elements */
+    int64_t batch, channels, height, width;
     int64_t edge_h, edge_w, blocks_down, blocks_across;
     int64_t components, part; /* channels, those that fill up the last part included, and those of a part */
     int64_t record; /* bytes */
     float rate; /* of the compander */
+    const float *mean, *factor; /* (channels,): what values are multiplied by, after the mean or before it */
+    int64_t format;
+    int64_t stride_b, stride_c, stride_y, stride_x; /* in elements */
 } Coding;
 
 /* A number that has bits. */
@@ -735,13 +736,29 @@ static void decode_tile(const Coding *c, const Fields *f, const Space *s, const 
             one; \
     }
 
+INLINE Coding of_maps(const Coding *plan, int64_t format, const float *mean, const float *factor, const int64_t *strides)
+{
+    Coding c = *plan;
+    c.format = format;
+    c.mean = mean;
+    c.factor = factor;
+    c.stride_b = strides[0];
+    c.stride_c = strides[1];
+    c.stride_y = strides[2];
+    c.stride_x = strides[3];
+    return c;
+}
+
 /* Writes the records (blocks, record) of maps; bits beyond the last field are 0.
 
-   `key` is that of the noise of stochastic rounding, NULL rounds to the nearest cell; `memory` is as much as
-   memory_of_blocks says. Returns 1 where the fields do not fit the records. */
-int encode_blocks(const Coding *c, const void *maps, const uint32_t *key, uint8_t *memory, uint8_t *records,
-                  int64_t threads)
+   `factor` is the inverse of the channels' scales; `key` is that of the noise of stochastic rounding, NULL rounds to the
+   nearest cell; `memory` is as much as memory_of_blocks says. Returns 1 where the fields do not fit the records. */
+int encode_blocks(const Coding *plan, const void *maps, int64_t format, int64_t stride_b, int64_t stride_c,
+                  int64_t stride_y, int64_t stride_x, const float *mean, const float *factor, const uint32_t *key,
+                  uint8_t *memory, uint8_t *records, int64_t threads)
 {
+    const Coding own = of_maps(plan, format, mean, factor, (int64_t[]){stride_b, stride_c, stride_y, stride_x});
+    const Coding *c = &own;
     Fields f = fields_in(c, memory);
     if (!list_fields(c, &f))
         return 1;
@@ -749,9 +766,13 @@ int encode_blocks(const Coding *c, const void *maps, const uint32_t *key, uint8_
     return 0;
 }
 
-/* Writes the maps of records. Returns as encode_blocks. */
-int decode_blocks(const Coding *c, const uint8_t *records, uint8_t *memory, void *maps, int64_t threads)
+/* Writes the maps of records; `factor` is the scale of each channel. Returns as encode_blocks. */
+int decode_blocks(const Coding *plan, void *maps, int64_t format, int64_t stride_b, int64_t stride_c, int64_t stride_y,
+                  int64_t stride_x, const float *mean, const float *factor, const uint8_t *records, uint8_t *memory,
+                  int64_t threads)
 {
+    const Coding own = of_maps(plan, format, mean, factor, (int64_t[]){stride_b, stride_c, stride_y, stride_x});
+    const Coding *c = &own;
     Fields f = fields_in(c, memory);
     if (!list_fields(c, &f))
         return 1;

@@ -303,8 +303,11 @@ void spread_maxima(const Pooling *p, const float *gradient, const uint8_t *codes
 #define AT_ONCE 16
 #define MOST_TERMS 256 /* of a sum in float32 */
 
-INLINE double total_of(const float *sums)
+typedef float Sixteen __attribute__((vector_size(64), may_alias, aligned(4)));
+
+INLINE double total_of(const Sixteen *given)
 {
+    const Sixteen sums = *given;
     double total = 0;
     for (int k = 0; k < AT_ONCE; k++)
         total += sums[k];
@@ -332,24 +335,23 @@ static void take_means(const float *x, int64_t images, int64_t channels, int64_t
         PARALLEL_FOR(images * channels * size)
         for (int64_t c = 0; c < channels; c++) {
             double total = 0;
-            float sums[AT_ONCE] = {0};
+            Sixteen sums = {0};
             int room = MOST_TERMS;
             for (int64_t b = 0; b < images; b++) {
                 const float *map = x + (b * channels + c) * size;
                 int64_t i = 0;
                 for (; i + AT_ONCE <= size; i += AT_ONCE) {
-                    for (int k = 0; k < AT_ONCE; k++)
-                        sums[k] += map[i + k];
+                    sums += *(const Sixteen *)(map + i);
                     if (--room == 0) {
-                        total += total_of(sums);
-                        memset(sums, 0, sizeof(sums));
+                        total += total_of(&sums);
+                        sums = (Sixteen){0};
                         room = MOST_TERMS;
                     }
                 }
                 for (; i < size; i++)
                     total += map[i];
             }
-            total += total_of(sums);
+            total += total_of(&sums);
             mean[c] = (float)(total / count);
         }
         return;
