@@ -428,3 +428,34 @@ def _block_tables(plan: Plan, layout: BlockLayout) -> BlockTables:
 def _coding(plan: Plan, layout: BlockLayout) -> native.Coding:
     coding: native.Coding = (plan.encoding or _block_tables(plan, layout)).coding
     return coding
+
+
+def _takes(dense: Tensor, *others: Tensor) -> bool:
+    """Whether the functions take these tensors: a dense one, whose precision counts, and others."""
+    return dense.dtype == torch.float32 and all(t.is_contiguous() and not t.is_cuda for t in (dense, *others))
+
+
+def _of_places(per_channel: Tensor, first: int, count: int) -> Tensor:
+    """``(count,)``: the entry of ``(C,)`` of the channel at each place from ``first`` on."""
+    channels = per_channel.numel()
+    shift = first % channels
+    return per_channel.to(torch.float32).repeat(-(-(shift + count) // channels))[shift : shift + count].contiguous()
+
+
+def _quantised(kept: Tensor, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    pairs = (2,) if dtype == torch.int8 else ()
+    out, scales = torch.empty(kept.shape[0], *pairs, dtype=dtype), torch.empty(starts.shape)
+    native.quantise(kept, starts, out, scales)
+    return out, scales
+
+
+@lru_cache(maxsize=128)
+def _factors(grid: FrequencyGrid, weighted: bool) -> Tensor:
+    """``(F,)`` float32: how often a coefficient counts in a map."""
+    return grid.weight.to(torch.float32) if weighted else torch.ones(grid.count)
+
+
+@lru_cache(maxsize=64)
+def _halves(grid: FrequencyGrid) -> Tensor:
+    """``(F,)`` float32: half of how often."""
+    return grid.weight.to(torch.float32) / 2

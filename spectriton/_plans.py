@@ -49,7 +49,7 @@ class KeptPlan:
     def __init__(self, x: Tensor, layout: BlockLayout, workspace: int, before: KeptPlan | None) -> None:
         self.layout = layout
         self._runs = backend(x.device)
-        scales, basis, spectrum = block_codec.fit(x, layout, workspace)
+        scales, basis, spectrum = block_codec.fit(x, layout, workspace, self._runs.channel_means(x, layout))
         if before is not None:
             finite = torch.isfinite(scales.sum())
             scales = torch.where(finite, scales, before._scales)

@@ -239,13 +239,22 @@ def _without_groups(mean: Tensor, finite: Tensor, layout: BlockLayout) -> Tensor
     return torch.add(mean, finite.sum(1, keepdim=True), alpha=0).view(-1)[:channels]
 
 
-def fit(x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
+def fit(
+    x: Tensor, layout: BlockLayout, workspace: int, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Scales, basis and spectrum to store for maps ``x``; see the head of this file. The device is never waited for.
 
     Means are those of all images, what else is needed comes from some of them, evenly spread.
+
+    Args:
+        x: the maps.
+        layout: theirs.
+        workspace: bound on temporaries in bytes.
+        mean: what a backend gives as :func:`channel_means`; by default that.
     """
     channels, groups, mix = x.shape[1], layout.groups, layout.mix
-    mean = x.mean((0, 2, 3), dtype=torch.float32)
+    if mean is None:
+        mean = channel_means(x, layout)
     sample = x[:: max(1, layout.blocks // _SAMPLE_BLOCKS)]
     sampled = layout._replace(shape=(sample.shape[0], *layout.shape[1:]))
     parts = [maps_of(sample, sampled, part) for part in regions(sampled, workspace)]
