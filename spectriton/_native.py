@@ -278,9 +278,7 @@ class NativeBackend(Backend):
         change = plan.change._replace(basis=None)
         return plan._replace(change=change, rows=none, width=none, start=none, encoding=tables, decoding=tables)
 
-    def encode_blocks(
-        self, x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | None, workspace: int
-    ) -> Tensor:
+    def encode_blocks(self, x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | None, workspace: int) -> Tensor:
         """As the reference's, sixteen blocks at a time on each thread."""
         key = None if seed is None else noise_key(seed)
         records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8)

@@ -239,9 +239,7 @@ def _without_groups(mean: Tensor, finite: Tensor, layout: BlockLayout) -> Tensor
     return torch.add(mean, finite.sum(1, keepdim=True), alpha=0).view(-1)[:channels]
 
 
-def fit(
-    x: Tensor, layout: BlockLayout, workspace: int, mean: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def fit(x: Tensor, layout: BlockLayout, workspace: int, mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Scales, basis and spectrum to store for maps ``x``; see the head of this file. The device is never waited for.
 
     Means are those of all images, what else is needed comes from some of them, evenly spread.
