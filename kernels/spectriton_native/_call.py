@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,20 +16,26 @@ FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3,
 
 def call(name: str, *arguments: Any, result: Any = None) -> Any:
     """Call a C function: tensors (or None) as pointers to their data, numbers as int64 or float, then the threads."""
-    passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    return _typed(name, tuple(map(type, arguments)), result)(*passed, torch.get_num_threads())
+    kinds, passed = [], []
+    for argument in (*arguments, torch.get_num_threads()):
+        if isinstance(argument, Tensor):
+            kinds.append(ctypes.c_void_p)
+            passed.append(argument.data_ptr())
+        elif isinstance(argument, ctypes.Structure):
+            kinds.append(ctypes.c_void_p)
+            passed.append(ctypes.addressof(argument))
+        else:
+            kinds.append(_KINDS[type(argument)])
+            passed.append(argument)
+    return function(name, tuple(kinds), result)(*passed)
 
 
-@lru_cache(maxsize=256)
-def _typed(name: str, types: tuple[type, ...], result: Any) -> Any:
-    """A function as it takes arguments of these types."""
-    return function(name, tuple(_kind(kind) for kind in (*types, int)), result)
-
-
-def _kind(kind: type) -> Any:
-    if issubclass(kind, ctypes.Structure):
-        return ctypes.POINTER(kind)
-    return {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_float}.get(kind, ctypes.c_void_p)
+_KINDS: dict[type, Any] = {
+    type(None): ctypes.c_void_p,
+    int: ctypes.c_int64,
+    bool: ctypes.c_int64,
+    float: ctypes.c_float,
+}
 
 
 def check_complete(missing: int) -> None:

@@ -271,7 +271,6 @@ static void blocks_of_dct(Lanes *tile, const Coding *c)
 typedef struct {
     int64_t first, count;
     int64_t rows[EDGE][LANES]; /* of each row, from the start of the channel */
-    int64_t left[LANES];
     int32_t rows_within[LANES], columns_within[LANES];
     int whole; /* whether all of a row is within the map, for all blocks */
 } Tile;
