@@ -117,6 +117,7 @@ class Backend:
     by_products = staticmethod(reference.by_products)
     unpack_planes = staticmethod(reference.unpack_planes)
     rows_of_maps = staticmethod(reference.rows_of_maps)
+    channel_means = staticmethod(block_codec.channel_means)
     rectify = staticmethod(bits.rectify)
     clear_outside = staticmethod(bits.clear_outside)
     rebuild = staticmethod(rebuild)

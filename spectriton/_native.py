@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,21 @@ import spectriton_native as native
 from spectriton import reference
 from spectriton._backend import Backend
 from spectriton.frequencies import FrequencyGrid
-from spectriton.reference import RowPattern, TileIndex, across, activate, activate_backward
+from spectriton.reference import (
+    RowPattern,
+    TileIndex,
+    across,
+    activate,
+    activate_backward,
+    bits,
+    block_codec,
+    max_pool,
+)
+from spectriton.reference.block_codec import BlockLayout, Plan
 from spectriton.reference.kept import KeptRows
+from spectriton.reference.max_pool import Window
+from spectriton.reference.rebuild import Statistics, rebuild
+from spectriton.reference.rounding import noise_key
 from spectriton.reference.transform import Products, products, turns
 from spectriton.reference.unpack import fill_mirrors
 from spectriton_native import Part
@@ -423,6 +437,165 @@ class NativeBackend(Backend):
             starts, _ = native.tile_starts(_part(kept))
             numbers, scales[kept.rows] = _quantised(numbers.contiguous(), starts, values.dtype)
         values[kept.slots] = numbers
+
+    def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout) -> Plan:
+        """Of all rows: the functions pass over those without bits."""
+        return block_codec.make_plan(stored, layout, compact=False)
+
+    def ready_plan(self, plan: Plan, layout: BlockLayout) -> Plan:
+        """As the reference's; of what the functions do not take nothing stays."""
+        none, tables = plan.rows.new_empty(0), _block_tables(plan, layout)
+        change = plan.change._replace(basis=None)
+        return plan._replace(change=change, rows=none, width=none, start=none, encoding=tables, decoding=tables)
+
+    def encode_blocks(self, x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | None, workspace: int) -> Tensor:
+        """As the reference's, sixteen blocks at a time on each thread."""
+        key = None if seed is None else noise_key(seed)
+        records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8)
+        change, coding = plan.change, _coding(plan, layout)
+        native.encode_blocks(coding, x, change.mean.contiguous(), change.inverse.contiguous(), key, records)
+        return records
+
+    def decode_blocks(self, records: Tensor, layout: BlockLayout, plan: Plan, out: Tensor, workspace: int) -> Tensor:
+        """As the reference's, likewise."""
+        change, coding = plan.change, _coding(plan, layout)
+        native.decode_blocks(coding, out, change.mean.contiguous(), change.scale.contiguous(), records.contiguous())
+        return out
+
+    def channel_means(self, x: Tensor, layout: BlockLayout) -> Tensor:
+        """As the reference's."""
+        order = _order(x)
+        if order is None:
+            return block_codec.channel_means(x, layout)
+        mean = x.new_empty(x.shape[1])
+        native.channel_means(x, order, layout.mix, mean)
+        return mean
+
+    def rectify(self, x: Tensor, limit: float, inplace: bool) -> tuple[Tensor, Tensor]:
+        """As the reference's."""
+        if _order(x) is None:
+            return bits.rectify(x, limit, inplace)
+        y = x if inplace else torch.empty_like(x)
+        outside = torch.empty(-(-x.numel() // 8), dtype=torch.uint8)
+        native.rectify(x, limit, y, outside)
+        if inplace:
+            torch.autograd.graph.increment_version(x)
+        return y, outside
+
+    def clear_outside(self, x: Tensor, outside: Tensor, channels_last: bool, inplace: bool) -> Tensor:
+        """As the reference's."""
+        if x.dtype != torch.float32:
+            return bits.clear_outside(x, outside, channels_last, inplace)
+        dense, out = _in_order(x, channels_last, inplace)
+        native.clear_outside(dense, outside, out)
+        return out
+
+    def rebuild(
+        self,
+        x: Tensor,
+        statistics: Statistics,
+        eps: float | None,
+        outside: Tensor | None,
+        channels_last: bool,
+        inplace: bool,
+    ) -> Tensor:
+        """As the reference's, but that a batch norm alone leaves the maps in the order of the bits, too."""
+        given = [t for t in (x, *statistics) if t is not None]
+        if any(t.dtype != torch.float32 for t in given):
+            return rebuild(x, statistics, eps, outside, channels_last, inplace)
+        mean, scale, weight, bias = (None if t is None else t.contiguous() for t in statistics)
+        if mean is not None and scale is not None:
+            dense, out = _in_order(x, channels_last, inplace)
+            if eps is not None:
+                scale = torch.rsqrt(scale + eps)
+            native.rebuild(dense, mean, scale, weight, bias, outside, channels_last, out)
+            return out
+        if outside is None:
+            return x
+        dense, out = _in_order(x, channels_last, inplace)
+        native.rectify_again(dense, outside, out)
+        return out
+
+    def pool_maxima(self, x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """As the reference's, without positions of 64 bits."""
+        order = _order(x)
+        if order is None:
+            return max_pool.pool_maxima(x, window)
+        shape = (*x.shape[:2], *max_pool.pooled_size(window, *x.shape[2:]))
+        y = torch.empty(shape, memory_format=_format(order))
+        codes = torch.empty(-(-y.numel() * window.bits // 8), dtype=torch.uint8)
+        native.pool_maxima(native.Pooling.of(x, y, window, order), x, y, codes)
+        return y, codes
+
+    def pool_maxima_again(
+        self, x: Tensor, window: Window, codes: Tensor, outputs: torch.Size, channels_last: bool
+    ) -> Tensor:
+        """As the reference's, likewise."""
+        if x.dtype != torch.float32:
+            return max_pool.pool_maxima_again(x, window, codes, outputs, channels_last)
+        y = torch.empty(outputs, memory_format=_format(channels_last))
+        native.pool_maxima_again(native.Pooling.of(x, y, window, channels_last), x, codes, y)
+        return y
+
+    def spread_maxima(
+        self, grad: Tensor, window: Window, codes: Tensor, shape: torch.Size, channels_last: bool
+    ) -> Tensor:
+        """As the reference's, likewise."""
+        if grad.dtype != torch.float32:
+            return max_pool.spread_maxima(grad, window, codes, shape, channels_last)
+        above = grad.contiguous(memory_format=_format(channels_last))
+        out = torch.empty(shape, memory_format=_format(channels_last))
+        native.spread_maxima(native.Pooling.of(out, above, window, channels_last), above, codes, out)
+        return out
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _order(x: Tensor) -> bool | None:
+    """Whether maps stand channels last; None where the functions do not take them as they are."""
+    if x.dtype != torch.float32:
+        return None
+    if x.is_contiguous():
+        return False
+    return True if x.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def _in_order(x: Tensor, channels_last: bool, inplace: bool) -> tuple[Tensor, Tensor]:
+    """Maps in an order, and where to write the result: to them, unless they are the given ones and have to stay."""
+    dense = x.contiguous(memory_format=_format(channels_last))
+    return dense, dense if inplace or dense is not x else torch.empty_like(dense)
+
+
+class BlockTables(NamedTuple):
+    """What the functions take of a plan.
+
+    Attributes:
+        bits: ``(rows,)`` uint8, of the fields.
+        deviation: ``(rows,)`` float32.
+        basis: ``(G, g, g)`` float32, components in the rows; None for g = 1.
+        coding: pointers to all of them.
+    """
+
+    bits: Tensor
+    deviation: Tensor
+    basis: Tensor | None
+    coding: native.Coding
+
+
+def _block_tables(plan: Plan, layout: BlockLayout) -> BlockTables:
+    basis, cpu = plan.change.basis, plan.deviation.device
+    tables = plan.width.to(torch.uint8), plan.deviation, None if basis is None else basis.mT.contiguous()
+    bits, deviation, rows = tables
+    constants = block_codec.quantiser_levels(cpu), block_codec.compander_factors(cpu), block_codec.RATE
+    dct = block_codec.dct_matrices(layout.edges, cpu)
+    return BlockTables(*tables, native.Coding.of(layout, rows, bits, deviation, dct, *constants))
+
+
+def _coding(plan: Plan, layout: BlockLayout) -> native.Coding:
+    coding: native.Coding = (plan.encoding or _block_tables(plan, layout)).coding
+    return coding
 
 
 def _takes(dense: Tensor, *others: Tensor) -> bool:

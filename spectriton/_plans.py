@@ -49,7 +49,7 @@ class KeptPlan:
     def __init__(self, x: Tensor, layout: BlockLayout, workspace: int, before: KeptPlan | None) -> None:
         self.layout = layout
         self._runs = backend(x.device)
-        scales, basis, spectrum = block_codec.fit(x, layout, workspace)
+        scales, basis, spectrum = block_codec.fit(x, layout, workspace, self._runs.channel_means(x, layout))
         if before is not None:
             finite = torch.isfinite(scales.sum())
             scales = torch.where(finite, scales, before._scales)
@@ -66,7 +66,7 @@ class KeptPlan:
 
     def of_maps(self, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Plan]:
         """What to store beside the records of maps ``x``, and how to encode them."""
-        mean = block_codec.channel_means(x, self.layout)
+        mean = self._runs.channel_means(x, self.layout)
         scales = torch.cat([mean, self._scales[mean.numel() :]])
         return (scales, self._basis, self._spectrum), self._with_means(scales)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,7 +83,7 @@ class Encoded:
             device=self.tensors[0].device,
             memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
         )
-        with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(out.device):
             self.codec._decode(self.tensors, out)
         return out
 
@@ -113,7 +114,7 @@ class Codec:
         check_real_maps(name, "x", x)
         check_seed(name, seed)
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(x.device):
             codec = self.for_maps(x)
             return Encoded(codec, codec._encode(x.detach(), seed), x.shape, x.dtype, channels_last)
 
@@ -420,15 +421,17 @@ class BlockCodec(Codec):
         return self if self.plans is None else replace(self, place=self.plans.place(module))
 
     def for_maps(self, x: Tensor) -> Codec:
-        codec = self
+        changed: dict[str, Any] = {}
+        bits = self.bits
         if self.allotment is not None:
             rate = self.allotment.rate(x.shape[1:].numel(), self.density * self.bits)
             # Rounding must not carry it beyond the most.
-            codec = replace(self, bits=min(rate, _MOST_BITS - 1e-6) / self.density)
-        if self.place is None or x.numel() == 0:
-            return codec
-        layout, workspace = codec._layout(x), workspace_bytes(self.workspace, x.device)
-        return replace(codec, place=None, kept=self.place.plan(x, layout, workspace))
+            bits = changed["bits"] = min(rate, _MOST_BITS - 1e-6) / self.density
+        if self.place is not None and x.numel():
+            layout = block_codec.block_layout(tuple(x.shape), self.density * bits, self.mix)
+            kept = self.place.plan(x, layout, workspace_bytes(self.workspace, x.device))
+            changed |= {"place": None, "kept": kept}
+        return replace(self, **changed) if changed else self
 
     def _layout(self, maps: Tensor) -> block_codec.BlockLayout:
         return block_codec.block_layout(tuple(maps.shape), self.density * self.bits, self.mix)
@@ -439,7 +442,7 @@ class BlockCodec(Codec):
         layout, workspace = self._layout(x), workspace_bytes(self.workspace, x.device)
         runs = backend(x.device)
         if self.kept is None:
-            stored = block_codec.fit(x, layout, workspace)
+            stored = block_codec.fit(x, layout, workspace, runs.channel_means(x, layout))
             plan = runs.block_plan(stored, layout)
         else:
             stored, plan = self.kept.of_maps(x)
@@ -554,3 +557,10 @@ def _cast(out: Tensor, values: Tensor) -> None:
         return
     for first, last in _chunks(values.shape[0], 12 * values[:1].numel(), out.device):
         reference.copy_in_range(out[first:last], values[first:last])
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off on a device: codecs choose their own precision."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -5,6 +5,18 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 """
 
 from spectriton_native.across import pool_across, spread_across
+from spectriton_native.blocks import Coding, decode_blocks, encode_blocks
+from spectriton_native.dense import (
+    Pooling,
+    channel_means,
+    clear_outside,
+    pool_maxima,
+    pool_maxima_again,
+    rebuild,
+    rectify,
+    rectify_again,
+    spread_maxima,
+)
 from spectriton_native.kept import combine_kept, sum_kept
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
@@ -27,10 +39,16 @@ from spectriton_native.transform import LARGEST_SIDE, maps_of_parts, parts_of_ma
 
 __all__ = [
     "LARGEST_SIDE",
+    "Coding",
     "Part",
+    "Pooling",
     "Unavailable",
+    "channel_means",
+    "clear_outside",
     "combine_kept",
     "count_moduli",
+    "decode_blocks",
+    "encode_blocks",
     "expand_parts",
     "expand_planes",
     "expand_rows",
@@ -43,10 +61,16 @@ __all__ = [
     "parts_of_maps",
     "place_values",
     "pool_across",
+    "pool_maxima",
+    "pool_maxima_again",
     "quantise",
     "read_rows",
+    "rebuild",
+    "rectify",
+    "rectify_again",
     "rows_of_parts",
     "spread_across",
+    "spread_maxima",
     "sum_kept",
     "sum_rows",
     "threshold_rows",

@@ -239,13 +239,20 @@ def _without_groups(mean: Tensor, finite: Tensor, layout: BlockLayout) -> Tensor
     return torch.add(mean, finite.sum(1, keepdim=True), alpha=0).view(-1)[:channels]
 
 
-def fit(x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
+def fit(x: Tensor, layout: BlockLayout, workspace: int, mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Scales, basis and spectrum to store for maps ``x``; see the head of this file. The device is never waited for.
 
     Means are those of all images, what else is needed comes from some of them, evenly spread.
+
+    Args:
+        x: the maps.
+        layout: theirs.
+        workspace: bound on temporaries in bytes.
+        mean: what a backend gives as :func:`channel_means`; by default that.
     """
     channels, groups, mix = x.shape[1], layout.groups, layout.mix
-    mean = x.mean((0, 2, 3), dtype=torch.float32)
+    if mean is None:
+        mean = channel_means(x, layout)
     sample = x[:: max(1, layout.blocks // _SAMPLE_BLOCKS)]
     sampled = layout._replace(shape=(sample.shape[0], *layout.shape[1:]))
     parts = [maps_of(sample, sampled, part) for part in regions(sampled, workspace)]
@@ -431,7 +438,7 @@ def _compact_plan(change: Transform, classes: NDArray[np.uint8], deviation: Tens
 
 
 @lru_cache(maxsize=64)
-def _dct_matrices(edges: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+def dct_matrices(edges: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Orthonormal DCT-II down and across a block, frequencies down, positions across."""
 
     def one(size: int) -> Tensor:
@@ -446,7 +453,7 @@ def _dct_matrices(edges: tuple[int, int], device: torch.device) -> tuple[Tensor,
 @lru_cache(maxsize=64)
 def dct_matrix(edges: tuple[int, int], device: torch.device) -> Tensor:
     """``(M, M)`` orthonormal DCT-II of blocks, frequencies down, positions across, both row by row."""
-    return torch.kron(*_dct_matrices(edges, device))
+    return torch.kron(*dct_matrices(edges, device))
 
 
 def transform(maps: Tensor, layout: BlockLayout, change: Transform) -> Tensor:
@@ -455,7 +462,7 @@ def transform(maps: Tensor, layout: BlockLayout, change: Transform) -> Tensor:
     count = blocks.shape[1]
     if change.basis is not None:
         blocks = torch.matmul(change.basis.mT, blocks.view(layout.groups, layout.mix, -1))
-    down, across = _dct_matrices(layout.edges, maps.device)
+    down, across = dct_matrices(layout.edges, maps.device)
     # Each product takes the last axis to the front.
     values = torch.mm(across, blocks.view(-1, layout.edges[1]).T)
     values = torch.mm(down, values.view(-1, layout.edges[0]).T)

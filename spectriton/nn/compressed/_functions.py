@@ -17,7 +17,8 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from spectriton._check import fail
-from spectriton.nn.compressed._recipes import Derived, Recipe, keep, kept, without_autocast
+from spectriton.codec import without_autocast
+from spectriton.nn.compressed._recipes import Derived, Recipe, keep, kept
 from spectriton.ops import _maps as maps
 
 aten = torch.ops.aten

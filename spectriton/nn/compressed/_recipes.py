@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from spectriton.codec import without_autocast
 
 if TYPE_CHECKING:
     from spectriton.codec import Codec, Encoded
@@ -342,13 +343,6 @@ def _recipe_of_sum(x: Tensor) -> Recipe | None:
     recipe = Added(terms[0][1], terms[1][1])
     leave_note(x, recipe)
     return recipe
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off on a device: codecs choose their own precision."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def keep(ctx: Any, recipe: Recipe | None, *tensors: Tensor | None) -> None:
