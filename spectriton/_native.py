@@ -126,8 +126,10 @@ class NativeBackend(Backend):
         if scale is not None:
             of_kept = y.new_empty(kept)
             native.gather_channels(chunk, scale.to(y.dtype), t0 * tile, of_kept)
-            of_kept = of_kept[:, None]
-        return activate(out, kind, of_kept)
+        if kind == "tanh":
+            native.activate_tanh(out, of_kept)
+            return out
+        return activate(out, kind, None if of_kept is None else of_kept[:, None])
 
     def to_format(
         self,
@@ -313,8 +315,7 @@ class NativeBackend(Backend):
             if scale is not None:
                 of_kept = kept.new_empty(last - first)
                 native.gather_channels(chunk, scale.to(out.dtype), 0, of_kept)
-                of_kept = of_kept[:, None]
-            kept, terms = activate_backward(kept, output, kind, of_kept)
+            kept, terms = _activate_backward(kept, output, kind, of_kept)
             if terms is not None:
                 sums = out.new_zeros(out.shape[1], 2)
                 native.sum_rows(chunk, terms, sums)
@@ -547,6 +548,15 @@ class NativeBackend(Backend):
         out = torch.empty(shape, memory_format=_format(channels_last))
         native.spread_maxima(native.Pooling.of(out, above, window, channels_last), above, codes, out)
         return out
+
+
+def _activate_backward(grad: Tensor, output: Tensor, kind: str, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As the reference's, for scales ``(n,)``."""
+    if kind != "tanh":
+        return activate_backward(grad, output, kind, None if scales is None else scales[:, None])
+    kept, terms = torch.empty_like(grad), None if scales is None else torch.empty_like(grad)
+    native.tanh_backward(grad, output.contiguous(), scales, kept, terms)
+    return kept, terms
 
 
 def _format(channels_last: bool) -> torch.memory_format:

@@ -5,6 +5,7 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 """
 
 from spectriton_native.across import pool_across, spread_across
+from spectriton_native.activation import activate_tanh, tanh_backward
 from spectriton_native.blocks import Coding, decode_blocks, encode_blocks
 from spectriton_native.dense import (
     Pooling,
@@ -43,6 +44,7 @@ __all__ = [
     "Part",
     "Pooling",
     "Unavailable",
+    "activate_tanh",
     "channel_means",
     "clear_outside",
     "combine_kept",
@@ -73,6 +75,7 @@ __all__ = [
     "spread_maxima",
     "sum_kept",
     "sum_rows",
+    "tanh_backward",
     "threshold_rows",
     "tile_starts",
     "why_unavailable",
