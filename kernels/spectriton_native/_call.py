@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectriton_native.library import function, portable
+from spectriton_native.library import function
 
 #: Formats of stored values, as ``csrc/pairs.h`` numbers them.
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
 
 
-_functions: dict[tuple[str, bool], Any] = {}
+_functions: dict[str, Any] = {}
 
 
 def call(name: str, *arguments: Any, result: Any = None) -> Any:
@@ -22,11 +22,15 @@ def call(name: str, *arguments: Any, result: Any = None) -> Any:
 
     The first call says for all of what kinds the arguments are.
     """
-    key = (name, portable())
-    found = _functions.get(key)
+    found = _functions.get(name)
     if found is None:
-        found = _functions[key] = function(name, (*map(_kind, arguments), ctypes.c_int64), result)
+        found = _functions[name] = function(name, (*map(_kind, arguments), ctypes.c_int64), result)
     return found(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
+
+
+def forget() -> None:
+    """Look functions up anew: for those who change which library is to be used."""
+    _functions.clear()
 
 
 def _kind(argument: Any) -> Any:

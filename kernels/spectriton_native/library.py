@@ -6,8 +6,7 @@ there, it is compiled anew in each process. Threads are those of the OpenMP runt
 there is one thread.
 
 ``SPECTRITON_NATIVE_PORTABLE=1`` compiles for any processor of the machine's kind: without instructions that only some
-have, by the branches of the sources that are meant for all. It is read at every call, and both libraries can be used
-side by side.
+have, by the branches of the sources that are meant for all. It is read at the first call of each function.
 """
 
 from __future__ import annotations

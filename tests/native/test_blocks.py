@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectriton._backend import Backend, why_not_native
+from spectriton._backend import Backend
 from spectriton.reference import block_codec
 from spectriton.reference.block_codec import BlockLayout, Plan
 from tests.tolerances import TOLERANCES
@@ -31,12 +31,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["this processor", "portable"])
-def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+@pytest.fixture
+def native(build: str) -> Backend:
     """The backend on the library as it is used here, and on that of the branches that every processor can run."""
-    monkeypatch.setenv("SPECTRITON_NATIVE_PORTABLE", str(int(request.param == "portable")))
-    if reason := why_not_native():
-        pytest.skip(f"no C functions: {reason}")
     from spectriton._native import NativeBackend
 
     return NativeBackend()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectriton._backend import Backend, why_not_native
+from spectriton._backend import Backend
 from spectriton.reference.max_pool import Window
 from spectriton.reference.rebuild import Statistics
 
@@ -14,12 +14,9 @@ REFERENCE = Backend()
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (3, 8, 4, 4), (2, 16, 9, 9), (0, 3, 4, 4), (1, 2, 1, 3), (5, 20, 32, 32)]
 
 
-@pytest.fixture(params=["this processor", "portable"])
-def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+@pytest.fixture
+def native(build: str) -> Backend:
     """The backend on the library as it is used here, and on that of the branches that every processor can run."""
-    monkeypatch.setenv("SPECTRITON_NATIVE_PORTABLE", str(int(request.param == "portable")))
-    if reason := why_not_native():
-        pytest.skip(f"no C functions: {reason}")
     from spectriton._native import NativeBackend
 
     return NativeBackend()

@@ -17,8 +17,7 @@ import torch
 
 import spectriton_native as native
 from spectriton._backend import backend_name
-from spectriton_native import Part, library
-from spectriton_native._call import _functions
+from spectriton_native import Part, _call, library
 from tests.native.spectra import Room, identical, spectrum
 
 CPU = torch.device("cpu")
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("afresh")
 def forget() -> None:
     """As at the start of a process."""
     library._loaded.cache_clear()
-    _functions.clear()
+    _call.forget()
 
 
 @pytest.fixture
