@@ -21,7 +21,6 @@ from spectriton.reference.pattern import channel_of
 from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.reference.rounding import noise_key
 from spectriton.reference.spectral_activation import activate_backward
-from spectriton.reference.transform import maps_of_parts, parts_of_maps, products
 from spectriton.reference.unpack import read_values, take_values
 
 BACKENDS = ("auto", "triton", "native", "reference")
@@ -109,10 +108,6 @@ class Backend:
     to_format = staticmethod(reference.to_format)
     store_rows = staticmethod(reference.store_rows)
     reorder = staticmethod(reference.reorder)
-    expand_parts = staticmethod(reference.expand_parts)
-    gather_parts = staticmethod(reference.gather_parts)
-    parts_of_maps = staticmethod(parts_of_maps)
-    maps_of_parts = staticmethod(maps_of_parts)
     planes_innermost = staticmethod(reference.planes_innermost)
     by_products = staticmethod(reference.by_products)
     unpack_planes = staticmethod(reference.unpack_planes)
@@ -189,19 +184,7 @@ class Backend:
         Not ``weighted``: the adjoint of maps to their stored coefficients.
         """
         if index is not None and self.by_products(grid, out):
-            by = products(grid, index.filled, out.dtype)
-            parts = out.new_empty(by.rows.shape[0] * by.band, out.shape[0])
-            self.expand_parts(values, scales, bitmap, offsets, grid, t0, t1, weighted, by, parts, index)
-            innermost = out.permute(1, 2, 0)
-            if innermost.is_contiguous():
-                self.maps_of_parts(parts, by, innermost)
-                return
-            maps = torch.empty_like(innermost, memory_format=torch.contiguous_format)
-            self.maps_of_parts(parts, by, maps)
-            if out.is_contiguous():  # of two dimensions torch transposes blocks
-                out.view(out.shape[0], -1).copy_(maps.view(-1, out.shape[0]).T)
-            else:
-                innermost.copy_(maps)
+            reference.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, out, index)
             return
         half = out.new_empty(out.shape[0], grid.height, grid.half_width, 2)
         # irfft2 counts a coefficient twice where its conjugate is not stored, which the adjoint does not.
@@ -222,9 +205,7 @@ class Backend:
     ) -> None:
         """Writes half of the adjoint of weighted :meth:`unpack_maps`, for maps ``(n, H, W)``, to ``out`` ``(N, 2)``."""
         if index is not None and self.by_products(grid, maps):
-            by = products(grid, index.filled, maps.dtype)
-            parts = self.parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
-            self.gather_parts(parts, bitmap, offsets, grid, t0, t1, by, out, index)
+            reference.gather_maps(maps, bitmap, offsets, grid, t0, t1, out, index)
             return
         rows = self.rows_of_maps(maps, grid, (t1 - t0) * bitmap.shape[2] * 8)
         rows[grid.self_conjugate] *= 0.5

@@ -219,12 +219,11 @@ class NativeBackend(Backend):
         if not (maps.dtype == torch.float32 and self.by_products(grid, maps)):
             return reference.rows_of_maps(maps, grid, padded)
         by = products(grid, grid.count, maps.dtype)
-        parts = self.parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
         rows = maps.new_empty(grid.count, padded, 2)
-        native.rows_of_parts(parts, by.places, by.band, rows)
+        native.rows_of_maps(maps.permute(1, 2, 0).contiguous(), by.places, _turns(by), rows)
         return rows
 
-    def expand_parts(
+    def unpack_maps(
         self,
         values: Tensor,
         scales: Tensor,
@@ -234,52 +233,51 @@ class NativeBackend(Backend):
         t0: int,
         t1: int,
         weighted: bool,
-        by: Products,
         out: Tensor,
-        index: TileIndex,
+        index: TileIndex | None,
     ) -> None:
-        """As the reference's."""
-        if not _takes(out, values, scales, bitmap, offsets):
-            reference.expand_parts(values, scales, bitmap, offsets, grid, t0, t1, weighted, by, out, index)
+        """As the reference's, without parts of more than a block of planes."""
+        if not (
+            index
+            and out.dtype == torch.float32
+            and _stand(values, scales, bitmap, offsets)
+            and self.by_products(grid, out)
+        ):
+            super().unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, out, index)
             return
-        filled = index.filled
-        part = Part.of(bitmap, slice(0, filled), t0, t1, offsets, values.shape[0])
-        native.expand_parts(part, values, scales, by.places, _factors(grid, weighted), by.band, out)
+        by = products(grid, index.filled, out.dtype)
+        part = Part.of(bitmap, slice(0, index.filled), t0, t1, offsets, values.shape[0])
+        innermost = out.permute(1, 2, 0)
+        maps = innermost if innermost.is_contiguous() else torch.empty(innermost.shape)
+        native.unpack_maps(part, values, scales, by.places, _factors(grid, weighted), _turns(by, True), maps)
+        if maps is innermost:
+            return
+        if out.is_contiguous():  # of two dimensions torch transposes blocks
+            out.view(out.shape[0], -1).copy_(maps.view(-1, out.shape[0]).T)
+        else:
+            innermost.copy_(maps)
 
-    def gather_parts(
+    def gather_maps(
         self,
-        parts: Tensor,
+        maps: Tensor,
         bitmap: Tensor,
         offsets: Tensor,
         grid: FrequencyGrid,
         t0: int,
         t1: int,
-        by: Products,
         out: Tensor,
-        index: TileIndex,
+        index: TileIndex | None,
     ) -> None:
-        """As the reference's."""
-        if not _takes(parts, out, bitmap, offsets):
-            reference.gather_parts(parts, bitmap, offsets, grid, t0, t1, by, out, index)
+        """As the reference's, likewise."""
+        if not (
+            index and maps.dtype == torch.float32 and _takes(out, bitmap, offsets) and self.by_products(grid, maps)
+        ):
+            super().gather_maps(maps, bitmap, offsets, grid, t0, t1, out, index)
             return
-        filled = index.filled
-        part = Part.of(bitmap, slice(0, filled), t0, t1, offsets, out.shape[0])
-        native.gather_parts(part, parts, by.places, _halves(grid), by.band, out)
-
-    def parts_of_maps(self, maps: Tensor, by: Products) -> Tensor:
-        """As the reference's."""
-        if not _takes(maps) or max(by.size) > native.LARGEST_SIDE:
-            return reference.parts_of_maps(maps, by)
-        parts = maps.new_empty(by.rows.shape[0] * by.band, maps.shape[2])
-        native.parts_of_maps(maps, _turns(*by.size, by.bands, by.band), parts)
-        return parts
-
-    def maps_of_parts(self, parts: Tensor, by: Products, out: Tensor) -> None:
-        """As the reference's."""
-        if not _takes(parts, out) or max(by.size) > native.LARGEST_SIDE:
-            reference.maps_of_parts(parts, by, out)
-            return
-        native.maps_of_parts(parts, _transposed(*by.size, by.bands, by.band), out)
+        by = products(grid, index.filled, maps.dtype)
+        part = Part.of(bitmap, slice(0, index.filled), t0, t1, offsets, out.shape[0])
+        innermost = maps.permute(1, 2, 0).contiguous()
+        native.gather_maps(part, innermost, by.places, _halves(grid), _turns(by), out)
 
     def unpack_gradient_rows(
         self,
@@ -610,7 +608,12 @@ def _coding(plan: Plan, layout: BlockLayout) -> native.Coding:
 
 def _takes(dense: Tensor, *others: Tensor) -> bool:
     """Whether the functions take these tensors: a dense one, whose precision counts, and others."""
-    return dense.dtype == torch.float32 and all(t.is_contiguous() and not t.is_cuda for t in (dense, *others))
+    return dense.dtype == torch.float32 and _stand(dense, *others)
+
+
+def _stand(*tensors: Tensor) -> bool:
+    """Whether tensors stand in the host's memory as the functions expect them to."""
+    return all(t.is_contiguous() and not t.is_cuda for t in tensors)
 
 
 def _first(kept: KeptRows) -> int:
@@ -651,23 +654,18 @@ def _halves(grid: FrequencyGrid) -> Tensor:
     return grid.weight.to(torch.float32) / 2
 
 
-#: Cosines and sines along the height and along the width.
-_Turns = tuple[Tensor, Tensor, Tensor, Tensor]
+def _turns(by: Products, transposed: bool = False) -> native.Turns:
+    return _half_turns(*by.size, by.bands, by.band, transposed)
 
 
-@lru_cache(maxsize=128)
-def _turns(height: int, width: int, bands: int, columns: int) -> _Turns:
+@lru_cache(maxsize=256)
+def _half_turns(height: int, width: int, bands: int, columns: int, transposed: bool) -> native.Turns:
     """Of frequencies ``(k, i)`` with the positions of half a side, times the factor of an ortho transform."""
-    cos_y, sin_y = _half_turns(bands, height)
-    return cos_y, sin_y, *_half_turns(columns, width)
 
+    def half(count: int, size: int) -> tuple[Tensor, Tensor]:
+        cosine, sine = (t[:, : size // 2 + 1] / math.sqrt(size) for t in turns(torch.arange(count), size))
+        both = (t.to(torch.float32) for t in (cosine, sine))
+        cosine, sine = ((t.T if transposed else t).contiguous() for t in both)
+        return cosine, sine
 
-def _half_turns(count: int, size: int) -> tuple[Tensor, Tensor]:
-    cosine, sine = (t[:, : size // 2 + 1] / math.sqrt(size) for t in turns(torch.arange(count), size))
-    return cosine.to(torch.float32).contiguous(), sine.to(torch.float32).contiguous()
-
-
-@lru_cache(maxsize=128)
-def _transposed(height: int, width: int, bands: int, columns: int) -> _Turns:
-    cos_y, sin_y, cos_x, sin_x = (table.T.contiguous() for table in _turns(height, width, bands, columns))
-    return cos_y, sin_y, cos_x, sin_x
+    return *half(bands, height), *half(columns, width)

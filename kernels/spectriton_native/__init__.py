@@ -20,7 +20,7 @@ from spectriton_native.dense import (
 )
 from spectriton_native.kept import combine_kept, sum_kept
 from spectriton_native.library import Unavailable, why_unavailable
-from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
+from spectriton_native.maps import expand_planes
 from spectriton_native.rows import (
     Part,
     count_moduli,
@@ -36,13 +36,14 @@ from spectriton_native.rows import (
     threshold_rows,
     tile_starts,
 )
-from spectriton_native.transform import LARGEST_SIDE, maps_of_parts, parts_of_maps
+from spectriton_native.transform import LARGEST_SIDE, Turns, gather_maps, rows_of_maps, unpack_maps
 
 __all__ = [
     "LARGEST_SIDE",
     "Coding",
     "Part",
     "Pooling",
+    "Turns",
     "Unavailable",
     "activate_tanh",
     "channel_means",
@@ -51,16 +52,13 @@ __all__ = [
     "count_moduli",
     "decode_blocks",
     "encode_blocks",
-    "expand_parts",
     "expand_planes",
     "expand_rows",
     "gather_channels",
-    "gather_parts",
+    "gather_maps",
     "gather_rows",
     "index_tiles",
-    "maps_of_parts",
     "move_runs",
-    "parts_of_maps",
     "place_values",
     "pool_across",
     "pool_maxima",
@@ -70,7 +68,7 @@ __all__ = [
     "rebuild",
     "rectify",
     "rectify_again",
-    "rows_of_parts",
+    "rows_of_maps",
     "spread_across",
     "spread_maxima",
     "sum_kept",
@@ -78,5 +76,6 @@ __all__ = [
     "tanh_backward",
     "threshold_rows",
     "tile_starts",
+    "unpack_maps",
     "why_unavailable",
 ]

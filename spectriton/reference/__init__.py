@@ -40,14 +40,12 @@ from spectriton.reference.store_rows import store_rows
 from spectriton.reference.transform import (
     by_products,
     maps_of_half,
-    maps_of_parts,
-    parts_of_maps,
     planes_innermost,
     rows_of_half,
     rows_of_maps,
     spread_rows,
 )
-from spectriton.reference.unpack import expand_parts, gather_parts, unpack_planes, unpack_rows
+from spectriton.reference.unpack import gather_maps, unpack_maps, unpack_planes, unpack_rows
 
 __all__ = [
     "ACTIVATIONS",
@@ -64,18 +62,15 @@ __all__ = [
     "complex_product",
     "copy_in_range",
     "count_moduli",
-    "expand_parts",
-    "gather_parts",
+    "gather_maps",
     "gather_rows",
     "kernel_spectrum",
     "kernel_spectrum_adjoint",
     "make_seed",
     "maps_of_half",
-    "maps_of_parts",
     "modulus",
     "pack_codes",
     "pack_rows",
-    "parts_of_maps",
     "planes_innermost",
     "quantise",
     "reorder",
@@ -96,6 +91,7 @@ __all__ = [
     "to_format",
     "uniform",
     "unpack_codes",
+    "unpack_maps",
     "unpack_planes",
     "unpack_rows",
 ]

@@ -16,7 +16,7 @@ from spectriton.reference.pattern import (
     row_index,
     row_pattern,
 )
-from spectriton.reference.transform import Products
+from spectriton.reference.transform import maps_of_parts, parts_of_maps, products
 
 # A pair of parts, seen as one element: indexing moves it as a whole.
 _PAIR = {
@@ -128,7 +128,7 @@ def unpack_planes(
     return out
 
 
-def expand_parts(
+def unpack_maps(
     values: Tensor,
     scales: Tensor,
     bitmap: Tensor,
@@ -137,51 +137,60 @@ def expand_parts(
     t0: int,
     t1: int,
     weighted: bool,
-    by: Products,
     out: Tensor,
     index: TileIndex,
 ) -> None:
-    """Writes the parts ``out`` ``(ky * 2 * M, n)``, see :class:`Products`, of the planes from ``t0 * tile`` on.
+    """Writes the real maps ``out`` ``(n, H, W)`` of the planes from ``t0 * tile`` on, by matrix products.
 
     ``weighted`` counts a coefficient for its conjugate, too, where that is not stored, as ``irfft2`` does. The adjoint
     of maps to their stored coefficients does not.
     """
-    filled = slice(0, index.filled)
+    count, filled = out.shape[0], slice(0, index.filled)
+    by = products(grid, filled.stop, out.dtype)
     pattern = row_pattern(bitmap, offsets, filled, t0, t1, index)
     kept = read_values(values, scales, pattern, scales[filled, t0:t1] if scales.numel() else scales, out.dtype)
     if weighted:
         kept = kept * 2
-    places = part_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, by.places[filled], out.shape[1])
-    out.zero_()
-    out.view(-1).scatter_(0, places, kept[:, 0])
-    out[by.band :].view(-1).scatter_(0, places, kept[:, 1])
+    places = part_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, by.places[filled], count)
+    parts = out.new_zeros(by.rows.shape[0] * by.band, count)
+    parts.view(-1).scatter_(0, places, kept[:, 0])
+    parts[by.band :].view(-1).scatter_(0, places, kept[:, 1])
     if weighted:
-        out[by.self_conjugate] *= 0.5
+        parts[by.self_conjugate] *= 0.5
+    del pattern, kept, places
+    maps = out.permute(1, 2, 0)
+    if maps.is_contiguous():
+        maps_of_parts(parts, by, maps)
+    else:
+        innermost = torch.empty_like(maps, memory_format=torch.contiguous_format)
+        maps_of_parts(parts, by, innermost)
+        if out.is_contiguous():  # of two dimensions torch transposes blocks
+            out.view(count, -1).copy_(innermost.view(-1, count).T)
+        else:
+            maps.copy_(innermost)
 
 
-def gather_parts(
-    parts: Tensor,
+def gather_maps(
+    maps: Tensor,
     bitmap: Tensor,
     offsets: Tensor,
     grid: FrequencyGrid,
     t0: int,
     t1: int,
-    by: Products,
     out: Tensor,
     index: TileIndex,
 ) -> None:
-    """Half of the adjoint of weighted :func:`expand_parts`: ``out`` ``(N, 2)`` gets what ``parts`` give.
-
-    It may change ``parts``.
-    """
-    parts[by.self_conjugate] *= 0.5
+    """Half of the adjoint of weighted :func:`unpack_maps`: ``out`` ``(N, 2)`` gets what maps ``(n, H, W)`` give."""
     filled = slice(0, index.filled)
+    by = products(grid, filled.stop, maps.dtype)
+    parts = parts_of_maps(maps.permute(1, 2, 0).contiguous(), by)
+    parts[by.self_conjugate] *= 0.5
     pattern = row_pattern(bitmap, offsets, filled, t0, t1, index)
-    places = part_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, by.places[filled], parts.shape[1])
+    places = part_positions(pattern, (t1 - t0) * bitmap.shape[2] * 8, by.places[filled], maps.shape[0])
     target, slots = torch.view_as_complex(out), pattern.slots
     del pattern  # as large as the maps
     real, imaginary = (part.view(-1).index_select(0, places) for part in (parts, parts[by.band :]))
-    del places
+    del parts, places
     if isinstance(slots, slice):
         torch.complex(real, imaginary, out=target[slots])
     else:

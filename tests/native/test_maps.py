@@ -1,4 +1,4 @@
-"""The C functions of planes against the reference, to the bit."""
+"""Packed coefficients to half spectra in C against the reference, to the bit."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import spectriton_native as native
 from spectriton import reference
 from spectriton._native import NativeBackend
 from spectriton.frequencies import FrequencyGrid, frequency_grid
-from spectriton.reference.transform import Products, products
 from spectriton.reference.unpack import fill_mirrors
 from spectriton_native import Part
 from tests.native.spectra import FORMATS, Room, Spectrum, identical, spectrum
-from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("build")
 
@@ -51,67 +49,6 @@ def ranges(given: Spectrum) -> list[tuple[int, int, int]]:
     return chunks + [(1, 2, given.tile)] * (given.tiles > 2)
 
 
-def band(grid: FrequencyGrid, given: Spectrum) -> tuple[reference.TileIndex, Products, int]:
-    index = reference.tile_index(given.bitmap, given.offsets)
-    return index, products(grid, index.filled, torch.float32), index.filled
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("size", SIZES)
-def test_expand_parts(size: tuple[int, int, int, int], dtype: torch.dtype, weighted: bool) -> None:
-    for cut in (1, 2):
-        grid, given = made(size, dtype, cut)
-        index, by, filled = band(grid, given)
-        factors = grid.weight.float() if weighted else torch.ones(grid.count)
-        packed = (given.values, given.scales, given.bitmap, given.offsets)
-        for t0, t1, planes in ranges(given):
-            rooms = [Room(by.rows.shape[0] * by.band, planes) for _ in range(3)]
-            room, by_backend, expected = rooms
-            reference.expand_parts(*packed, grid, t0, t1, weighted, by, expected.tensor, index)
-            NativeBackend().expand_parts(*packed, grid, t0, t1, weighted, by, by_backend.tensor, index)
-            assert identical(by_backend.tensor, expected.tensor)
-            part = Part.of(given.bitmap, slice(0, filled), t0, t1, given.offsets, given.values.shape[0])
-            native.expand_parts(part, given.values, given.scales, by.places, factors, by.band, room.tensor)
-            assert identical(room.tensor, expected.tensor)
-            assert all(each.guarded for each in rooms)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_gather_parts(size: tuple[int, int, int, int]) -> None:
-    for cut in (1, 2):
-        grid, given = made(size, cut=cut)
-        index, by, filled = band(grid, given)
-        for t0, t1, planes in ranges(given):
-            parts = torch.randn(by.rows.shape[0] * by.band, planes, generator=torch.Generator().manual_seed(1))
-            parts[:, ::5], parts[0, 1:2] = torch.nan, -torch.inf
-            parts[by.self_conjugate + by.band] = 0  # as it is of real maps
-            rooms = [Room(*given.values.shape) for _ in range(3)]
-            room, by_backend, expected = rooms
-            part = Part.of(given.bitmap, slice(0, filled), t0, t1, given.offsets, given.values.shape[0])
-            native.gather_parts(part, parts, by.places, grid.weight.float() / 2, by.band, room.tensor)
-            pattern = (given.bitmap, given.offsets, grid, t0, t1, by)
-            NativeBackend().gather_parts(parts.clone(), *pattern, by_backend.tensor, index)
-            reference.gather_parts(parts, *pattern, expected.tensor, index)
-            for each in (room, by_backend):
-                assert identical(each.tensor, expected.tensor) and each.guarded
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_rows_of_parts(size: tuple[int, int, int, int]) -> None:
-    height, width, planes, tile = size
-    grid = frequency_grid(height, width)
-    maps = torch.randn(height, width, planes, generator=torch.Generator().manual_seed(2)).permute(2, 0, 1)
-    by = products(grid, grid.count, torch.float32)
-    for padded in (planes, -(-planes // tile) * tile):
-        room = Room(grid.count, padded, 2)
-        native.rows_of_parts(reference.parts_of_maps(maps.permute(1, 2, 0), by), by.places, by.band, room.tensor)
-        expected = reference.rows_of_maps(maps, grid, padded)
-        assert identical(room.tensor, expected) and room.guarded
-        by_backend = NativeBackend().rows_of_maps(maps, grid, padded)
-        torch.testing.assert_close(by_backend, expected, **TOLERANCES[torch.float32])
-
-
 @pytest.mark.parametrize("row_scale", [None, "weights", "any"])
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("size", SIZES)
@@ -134,21 +71,13 @@ def test_expand_planes(size: tuple[int, int, int, int], dtype: torch.dtype, row_
 
 
 @pytest.mark.parametrize("offset", ["one too far", "far", "negative"])
-@pytest.mark.parametrize("name", ["expand_parts", "gather_parts", "expand_planes"])
-def test_offsets_beyond_the_values_are_reported(name: str, offset: str) -> None:
+def test_offsets_beyond_the_values_are_reported(offset: str) -> None:
     grid, given = made((4, 5, 70, 32))
-    _, by, filled = band(grid, given)
-    parts, factors = torch.zeros(by.rows.shape[0] * by.band, 70), torch.ones(grid.count)
     half = torch.empty(70, grid.height * grid.half_width, 2)
 
     def run() -> None:
-        part = Part.of(given.bitmap, slice(0, filled), 0, 3, given.offsets, given.values.shape[0])
-        if name == "expand_parts":
-            native.expand_parts(part, given.values, given.scales, by.places, factors, by.band, parts)
-        elif name == "gather_parts":
-            native.gather_parts(part, parts, by.places, factors, by.band, given.values)
-        else:
-            native.expand_planes(part, given.values, given.scales, grid.index, factors, half)
+        part = Part.of(given.bitmap, slice(0, grid.count), 0, 3, given.offsets, given.values.shape[0])
+        native.expand_planes(part, given.values, given.scales, grid.index, None, half)
 
     last = given.values.shape[0] - int(reference.tile_index(given.bitmap, given.offsets).counts[1, 1])
     given.offsets[1, 1] = {"one too far": last + 1, "far": 2**31 - 1, "negative": -1}[offset]
@@ -165,10 +94,7 @@ def test_bits_beyond_the_last_plane_write_nothing(planes: int) -> None:
     given.bitmap[:] = 255
     given.offsets[:] = torch.arange(given.offsets.numel()).view_as(given.offsets)
     values = torch.ones(given.offsets.numel() + 32, 2)
-    _, by, filled = band(grid, given)
-    part = Part.of(given.bitmap, slice(0, filled), 0, given.tiles, given.offsets, values.shape[0])
-    half, parts = Room(planes, grid.height * grid.half_width, 2), Room(by.rows.shape[0] * by.band, planes)
+    part = Part.of(given.bitmap, slice(0, grid.count), 0, given.tiles, given.offsets, values.shape[0])
+    half = Room(planes, grid.height * grid.half_width, 2)
     native.expand_planes(part, values, given.scales, grid.index, None, half.tensor)
-    native.expand_parts(part, values, given.scales, by.places, torch.ones(grid.count), by.band, parts.tensor)
-    assert half.guarded and parts.guarded
-    assert (half.tensor[:, grid.index] == 1).all()
+    assert half.guarded and (half.tensor[:, grid.index] == 1).all()

@@ -158,15 +158,6 @@ INLINE int compress(const float *pairs, uint8_t bits, float *out)
     return count;
 }
 
-/* Eight pairs, real and imaginary parts apart. */
-INLINE void split(const float *pairs, float *re, float *im)
-{
-    for (int i = 0; i < 8; i++) {
-        re[i] = pairs[2 * i];
-        im[i] = pairs[2 * i + 1];
-    }
-}
-
 INLINE int64_t count_bits(const uint8_t *bitmap, int64_t bytes)
 {
     int64_t count = 0;

@@ -1,6 +1,7 @@
-/* Fourier transforms of small real maps whose planes stand innermost, (H, W, n), to the parts of their spectra.
+/* Packed coefficients to small real maps and back, by Fourier transforms of a block of planes in the cache. Planes stand
+   innermost in memory, (H, W, n).
 
-   Parts are (ky, part, kx, n), real and imaginary part apart: kx = 0 ... columns - 1, ky = -(bands - 1) ... bands - 1 or,
+   On the way there are the parts of a block's spectra, (ky, part, kx), real and imaginary part apart: kx = 0 ... columns - 1, ky = -(bands - 1) ... bands - 1 or,
    where -(bands - 1) would be bands - 1 again, 0 ... H - 1. Sums over a side are made of what is even and what is odd in it: cosines
    see one, sines the other, and frequencies k and -k share both, so a quarter of the products of a matrix will do.
    A block of planes goes through all of it in the cache. */
@@ -192,7 +193,21 @@ typedef struct {
     int64_t height, width, planes, bands, columns;
 } Plan;
 
-INLINE void parts_of_block(const Plan *by, const float *maps, float *parts, int64_t some, const int whole)
+/* Parts of a block: as many rows as frequencies along the height, of 2 * columns. */
+#define PARTS (SIDE * 2 * HALF)
+
+INLINE int64_t part_at(const Plan *by, int64_t k, int mirrored, int64_t x)
+{
+    return row_at(k, mirrored, by->bands, by->height) * 2 * by->columns + x;
+}
+
+INLINE int64_t parts_of(const Plan *by)
+{
+    const int64_t rows = 2 * (by->bands - 1) < by->height ? 2 * by->bands - 1 : by->height;
+    return rows * 2 * by->columns;
+}
+
+INLINE void parts_of_block(const Plan *by, const float *maps, lanes *parts, int64_t some, const int whole)
 {
     const int64_t height = by->height, width = by->width, planes = by->planes, bands = by->bands, columns = by->columns;
     const lanes zero = {{{0}, {0}}};
@@ -215,20 +230,21 @@ INLINE void parts_of_block(const Plan *by, const float *maps, float *parts, int6
         }
         /* A line was re - i im: real parts are sum c re - s im, imaginary ones -(sum c im + s re). */
         for (int64_t k = 0; k < bands; k++) {
-            float *at = parts + (row_at(k, 0, bands, height) * 2 * columns + x) * planes;
-            store(subtract(from_even[0][k], from_odd[1][k]), at, some, whole);
+            lanes *at = parts + part_at(by, k, 0, x);
+            at[0] = subtract(from_even[0][k], from_odd[1][k]);
             /* Of zeros that is zero, not minus zero. */
-            store(subtract(subtract(zero, from_even[1][k]), from_odd[0][k]), at + columns * planes, some, whole);
+            at[columns] = subtract(subtract(zero, from_even[1][k]), from_odd[0][k]);
             if (has_mirror(k, height)) {
-                at = parts + (row_at(k, 1, bands, height) * 2 * columns + x) * planes;
-                store(add(from_even[0][k], from_odd[1][k]), at, some, whole);
-                store(subtract(from_odd[0][k], from_even[1][k]), at + columns * planes, some, whole);
+                at = parts + part_at(by, k, 1, x);
+                at[0] = add(from_even[0][k], from_odd[1][k]);
+                at[columns] = subtract(from_odd[0][k], from_even[1][k]);
             }
         }
     }
 }
 
-INLINE void maps_of_block(const Plan *by, const float *parts, float *maps, int64_t some, const int whole)
+/* The adjoint. */
+INLINE void maps_of_block(const Plan *by, const lanes *parts, float *maps, int64_t some, const int whole)
 {
     const int64_t height = by->height, width = by->width, planes = by->planes, bands = by->bands, columns = by->columns;
     const int64_t half_y = height / 2 + 1, half_x = width / 2 + 1;
@@ -236,15 +252,12 @@ INLINE void maps_of_block(const Plan *by, const float *parts, float *maps, int64
     for (int64_t x = 0; x < columns; x++) {
         lanes sums[2][HALF], differences[2][HALF], a[HALF], b[HALF];
         for (int64_t k = 0; k < bands; k++) {
-            const float *at = parts + (row_at(k, 0, bands, height) * 2 * columns + x) * planes;
-            for (int part = 0; part < 2; part++)
-                sums[part][k] = differences[part][k] = load(at + part * columns * planes, some, whole);
-            if (has_mirror(k, height)) {
-                at = parts + (row_at(k, 1, bands, height) * 2 * columns + x) * planes;
-                for (int part = 0; part < 2; part++) {
-                    const lanes mirrored = load(at + part * columns * planes, some, whole);
-                    sums[part][k] = add(sums[part][k], mirrored);
-                    differences[part][k] = subtract(differences[part][k], mirrored);
+            const lanes *at = parts + part_at(by, k, 0, x), *mirrored = parts + part_at(by, k, 1, x);
+            for (int part = 0; part < 2; part++, at += columns, mirrored += columns) {
+                sums[part][k] = differences[part][k] = *at;
+                if (has_mirror(k, height)) {
+                    sums[part][k] = add(*at, *mirrored);
+                    differences[part][k] = subtract(*at, *mirrored);
                 }
             }
         }
@@ -275,24 +288,139 @@ INLINE void maps_of_block(const Plan *by, const float *parts, float *maps, int64
     }
 }
 
-/* maps (H, W, n) to parts (rows, 2, columns, n). */
-void parts_of_maps(const Plan *by, const float *maps, float *parts, int64_t threads)
+static void parts_of_planes(const Plan *by, const float *maps, int64_t p, lanes *parts)
 {
-    PARALLEL_FOR(by->planes * by->height * by->width)
-    for (int64_t p = 0; p < by->planes; p += LANES)
-        if (p + LANES <= by->planes)
-            parts_of_block(by, maps + p, parts + p, LANES, 1);
-        else
-            parts_of_block(by, maps + p, parts + p, by->planes - p, 0);
+    if (p + LANES <= by->planes)
+        parts_of_block(by, maps + p, parts, LANES, 1);
+    else
+        parts_of_block(by, maps + p, parts, by->planes - p, 0);
 }
 
-/* The adjoint: parts to maps. */
-void maps_of_parts(const Plan *by, const float *parts, float *maps, int64_t threads)
+static void maps_of_planes(const Plan *by, const lanes *parts, int64_t p, float *maps)
+{
+    if (p + LANES <= by->planes)
+        maps_of_block(by, parts, maps + p, LANES, 1);
+    else
+        maps_of_block(by, parts, maps + p, by->planes - p, 0);
+}
+
+/* What a row keeps of a block of planes that begins at plane p of the part: its bits, and where the first value stands.
+   Returns whether it is not all there. */
+INLINE int kept_of_block(const Part *part, int64_t i, int64_t p, const uint8_t **bits, int64_t *start)
+{
+    const int64_t tile = part->tile_bytes * 8, t = part->t0 + p / tile, first = p % tile / 8;
+    const uint8_t *bitmap = bitmap_of(part, i, t);
+    *bits = bitmap + first;
+    const int64_t count = count_bits(*bits, LANES / 8);
+    if (count == 0) {
+        *bits = 0;
+        return 0;
+    }
+    *start = part->offsets[tile_of(part, i, t)] - part->base + count_bits(bitmap, first);
+    if (*start < 0 || *start + count > part->limit) {
+        *bits = 0;
+        return 1;
+    }
+    return 0;
+}
+
+INLINE int unpack_maps_as(const Part *part, const Plan *by, const uint8_t *values, const float *scales,
+                          const int64_t *places, const float *factors, float *maps, int threads, int format)
+{
+    int missing = 0;
+    PARALLEL_FOR(by->planes * by->height * by->width)
+    for (int64_t p = 0; p < by->planes; p += LANES) {
+        lanes parts[PARTS];
+        memset(parts, 0, parts_of(by) * sizeof(lanes));
+        for (int64_t i = 0; i < part->row_count; i++) {
+            const uint8_t *bits;
+            int64_t start, row = row_of(part, i);
+            if (kept_of_block(part, i, p, &bits, &start))
+                missing = 1;
+            if (!bits)
+                continue;
+            const int64_t t = part->t0 + p / (part->tile_bytes * 8);
+            const float scale = format >= INT8 ? scales[row * part->tiles + t] : 1;
+            const uint8_t *source = values + start * stored_bytes(format);
+            float *real = (float *)(parts + places[row]), *imaginary = (float *)(parts + places[row] + by->columns);
+            for (int j = 0; j < LANES / 8; j++, real += 8, imaginary += 8) {
+                float pairs[16];
+                expand(source, bits[j], format, scale, pairs);
+                source += __builtin_popcount(bits[j]) * stored_bytes(format);
+                for (int k = 0; k < 8; k++) {
+                    real[k] = pairs[2 * k] * factors[row];
+                    imaginary[k] = pairs[2 * k + 1] * factors[row];
+                }
+            }
+        }
+        maps_of_planes(by, parts, p, maps);
+    }
+    return missing;
+}
+
+/* Maps (H, W, n) of the planes from tile t0 on: the coefficient of frequency f, times `factors` (F,), is the part at
+   `places` and, for its imaginary part, `columns` on. */
+int unpack_maps(const Part *part, const Plan *by, const uint8_t *values, int64_t format, const float *scales,
+                const int64_t *places, const float *factors, float *maps, int64_t threads)
+{
+    BY_FORMAT(unpack_maps_as, part, by, values, scales, places, factors, maps, threads)
+}
+
+/* Eight pairs of a part and the one that belongs to it. */
+INLINE void join(const float *real, const float *imaginary, float factor, float *pairs)
+{
+    for (int k = 0; k < 8; k++) {
+        pairs[2 * k] = real[k] * factor;
+        pairs[2 * k + 1] = imaginary[k] * factor;
+    }
+}
+
+/* The adjoint: writes pairs where the pattern keeps them. */
+int gather_maps(const Part *part, const Plan *by, const float *maps, const int64_t *places, const float *factors,
+                float *out, int64_t threads)
+{
+    int missing = 0;
+    PARALLEL_FOR(by->planes * by->height * by->width)
+    for (int64_t p = 0; p < by->planes; p += LANES) {
+        lanes parts[PARTS];
+        parts_of_planes(by, maps, p, parts);
+        for (int64_t i = 0; i < part->row_count; i++) {
+            const uint8_t *bits;
+            int64_t start, row = row_of(part, i);
+            if (kept_of_block(part, i, p, &bits, &start))
+                missing = 1;
+            if (!bits)
+                continue;
+            const float *real = (float *)(parts + places[row]), *imaginary = (float *)(parts + places[row] + by->columns);
+            float *target = out + 2 * start;
+            for (int j = 0; j < LANES / 8; j++) {
+                float pairs[16];
+                join(real + 8 * j, imaginary + 8 * j, factors[row], pairs);
+                target += 2 * compress(pairs, bits[j], target);
+            }
+        }
+    }
+    return missing;
+}
+
+/* Pairs (frequencies, padded, 2) of the spectra of maps, zero where there is no plane. */
+void rows_of_maps(const Plan *by, const float *maps, const int64_t *places, int64_t frequencies, int64_t padded,
+                  float *out, int64_t threads)
 {
     PARALLEL_FOR(by->planes * by->height * by->width)
-    for (int64_t p = 0; p < by->planes; p += LANES)
-        if (p + LANES <= by->planes)
-            maps_of_block(by, parts + p, maps + p, LANES, 1);
-        else
-            maps_of_block(by, parts + p, maps + p, by->planes - p, 0);
+    for (int64_t p = 0; p < by->planes; p += LANES) {
+        lanes parts[PARTS];
+        parts_of_planes(by, maps, p, parts);
+        const int64_t last = p + LANES < by->planes ? p + LANES : by->planes;
+        for (int64_t f = 0; f < frequencies; f++) {
+            const float *real = (float *)(parts + places[f]), *imaginary = (float *)(parts + places[f] + by->columns);
+            float *row = out + f * padded * 2;
+            for (int64_t k = p; k < last; k++) {
+                row[2 * k] = real[k - p];
+                row[2 * k + 1] = imaginary[k - p];
+            }
+            if (last == by->planes)
+                memset(row + 2 * last, 0, (padded - last) * 2 * sizeof(float));
+        }
+    }
 }
