@@ -3,6 +3,7 @@
 Everything is read or derived from the code for one example launch a row: nothing is measured.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from typing import Any
@@ -154,7 +155,7 @@ WORK = {
     ),
     "decode_blocks": Work(
         ("decode_blocks bf16 64 channels 8x8",),
-        8,
+        9,
         lambda launch: 1 / 8,
         lambda launch: 2,
         lambda passes: CACHE_LATENCY + MEMORY_LATENCY + CACHE_LATENCY,  # field, record, level
@@ -167,7 +168,7 @@ WORK = {
         lambda launch: 1 / 8,
         lambda passes: MEMORY_LATENCY + (1 + passes) * CACHE_LATENCY,  # maps, ends of the slice, rows of the bits
         reals=1,
-        passes=lambda launch: launch.args[12].shape[1] // launch.meta["BYTES"],
+        passes=lambda launch: launch.args[13].shape[1] // launch.meta["BYTES"],
         in_pass=lambda meta: ("STG", meta["BLOCKS"] * meta["BYTES"]),
     ),
     "rectify": _maps(0, 2, 2 + 1 / 8, "rectify bf16"),
@@ -251,7 +252,7 @@ def row(job: Job, launch: Launch, compiled: Any) -> Row:
     warps = launch.meta["num_warps"]
     threads = 32 * warps
     coefficients = launch.args[work.operand].numel() / work.reals
-    per_program = coefficients / launch.grid[0]
+    per_program = coefficients / math.prod(launch.grid)
     passes = repeats(instructions, work, launch, threads)
 
     def executed(weight: Callable[[Instruction], float]) -> float:
