@@ -6,13 +6,18 @@ positions transformed by two matrix products in which blocks stand side by side,
 They run on tensor cores in bfloat16. Of maps in bfloat16 factors are rounded to it, with an error as that of the maps
 (2^-9); else each is a sum of two parts (relative error of about 2^-16).
 
+What the kernels take of rows stands in tables of slices, filled up to powers of two, so that loads are wide and none is
+masked. The fields of four rows that follow one another have at most 32 bits: decoding takes them from two words of the
+record. Encoding rotates each code to the place of its bits within a byte of the record, and gathers for each byte the
+eight codes that its bits are of.
+
 A slice begins and ends anywhere in a byte of the record. Bytes that it shares with its neighbours go to a small array
 beside, from which they are added to the records.
 
 Bytes that have to be moved a value of the maps, at `r` bits a value: `4 + r / 8` in float32 and `2 + r / 8` in
-bfloat16, either way. The tables of rows (8 bytes a row, and in encoding 4 a bit of the record) come from the caches.
-Products take 768 operations a value for 64 channels and blocks of 64 positions, three for each one of float32: 0.8 ps
-at the 990 TFLOP/s of an H100, on which moving four bytes takes 1.3 ps.
+bfloat16, either way. The tables of rows (about 8 bytes a row, in encoding 12 and 2 a bit of the record) come from the
+caches. Products take 256 operations a value for 64 channels and blocks of 64 positions, three times as many for
+float32: 0.3 ps at the 990 TFLOP/s of an H100, on which moving four bytes takes 1.3 ps.
 """
 
 import math
@@ -22,7 +27,6 @@ import torch
 import triton
 import triton.language as tl
 from torch.nn import functional
-
 from triton.language.extra import libdevice
 
 from ._device import convert
@@ -34,11 +38,9 @@ from .configs import DECODE_BLOCKS, ENCODE_BLOCKS, Blocks, ceil_div, next_power_
 SLICE = 64
 # The least edge of a factor of a matrix product.
 _LEAST = 16
-# Bits of a field are told in four bits beside where it begins.
-_WIDTH_BITS = 4
-# Factors of products as sums of two bfloat16 parts; the interpreter knows no such thing, and computes in float32.
+# Blocks whose numbers float32 can divide.
+_MANY_BLOCKS = 1 << 20
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-PRECISION = tl.constexpr("ieee" if INTERPRETED else "bf16x3")
 # What is no number becomes this: finite, and so are its products.
 LEAST_VALUE = tl.constexpr(-1e30)
 # Added to numbers between -256 and 256, it leaves their floor in the bits from 14 on.
@@ -114,14 +116,29 @@ class DecodingTables(NamedTuple):
 
 
 @triton.jit
-def product(b_left, b_right, PRECISE: tl.constexpr):
-    """Of two matrices, in float32."""
-    if PRECISE:
-        return tl.dot(b_left, b_right, input_precision=PRECISION)
-    b_left, b_right = b_left.to(tl.bfloat16), b_right.to(tl.bfloat16)
+def dot(b_left, b_right, b_sum):
+    """`b_sum` and the product of two matrices in bfloat16, in float32."""
     if INTERPRETED:  # it would take such numbers for integers
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
-    return tl.dot(b_left, b_right)
+    return tl.dot(b_left, b_right, b_sum)
+
+
+@triton.jit
+def product(b_left, b_left_rest, b_right, b_right_rest, PRECISE: tl.constexpr):
+    """Of two matrices, each the sum of a part in bfloat16 and, given PRECISE, a rest."""
+    b_sum = tl.zeros([b_left.shape[0], b_right.shape[1]], tl.float32)
+    if PRECISE:
+        b_sum = dot(b_left_rest, b_right, dot(b_left, b_right_rest, b_sum))
+    return dot(b_left, b_right, b_sum)
+
+
+@triton.jit
+def parts_of(b_x):
+    """Two parts in bfloat16 of a matrix of values, of which the first is a factor of its own where that will do."""
+    # without this sum over one value the compiler for sm_80 makes the values anew in each warp that takes them
+    b_x = tl.sum(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], 1]), axis=2)
+    b_large = b_x.to(tl.bfloat16)
+    return b_large, (b_x - b_large.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -147,13 +164,15 @@ def load_rows(rows_ptr, i_slice, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def load_square(matrix_ptr, i_slice, slices, EDGE: tl.constexpr, PRECISE: tl.constexpr):
-    """The matrix of a slice, or only the larger of the parts whose sum it is: (EDGE, EDGE)."""
-    o_entry = tl.arange(0, EDGE)[:, None] * EDGE + tl.arange(0, EDGE)[None, :] + i_slice * (EDGE * EDGE)
-    b_matrix = tl.load(matrix_ptr + o_entry)
+def load_parts(matrix_ptr, i_slice, slices, EDGE: tl.constexpr, PRECISE: tl.constexpr):
+    """Both parts of the matrix of a slice, or the first one twice: (EDGE, EDGE)."""
+    p_matrix = matrix_ptr + tl.arange(0, EDGE)[:, None] * EDGE + tl.arange(0, EDGE)[None, :]
+    p_matrix += i_slice * (EDGE * EDGE)
+    b_matrix = tl.load(p_matrix)
+    b_rest = b_matrix
     if PRECISE:
-        b_matrix = b_matrix.to(tl.float32) + tl.load(matrix_ptr + slices * (EDGE * EDGE) + o_entry).to(tl.float32)
-    return b_matrix
+        b_rest = tl.load(p_matrix + slices * (EDGE * EDGE))
+    return b_matrix, b_rest
 
 
 @triton.jit
@@ -208,12 +227,12 @@ def offsets_of(
 @triton.jit
 def decode_blocks_kernel(
     records_ptr,  # (N, length)
-    starts_ptr,  # (slices, BLOCK_C, BLOCK_M // 4)
+    starts_ptr,  # (slices, BLOCK_C, BLOCK_M / 4)
     fields_ptr,  # (slices, BLOCK_C, BLOCK_M)
     deviation_ptr,  # (slices, BLOCK_C, BLOCK_M)
     levels_ptr,  # (512,)
-    basis_ptr,  # (slices, BLOCK_C, BLOCK_C)
-    dct_ptr,  # (BLOCK_M, BLOCK_M)
+    basis_ptr,  # (2, slices, BLOCK_C, BLOCK_C)
+    dct_ptr,  # (2, BLOCK_M, BLOCK_M)
     mean_ptr,  # (C,)
     scale_ptr,  # (C,)
     out_ptr,  # (B, C, height, width)
@@ -244,6 +263,35 @@ def decode_blocks_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """Writes the maps of some blocks of a slice.
+
+    Args:
+        records_ptr: uint8 records, at an address divisible by 4.
+        starts_ptr: int32, where the fields of each four rows begin; 0 where there are none.
+        fields_ptr: int32 of each row, times 256 the width of its field. The lowest five bits tell by how much to rotate
+            the 32 bits from the start of its four for the field to end with the highest of them.
+        deviation_ptr: deviation of each row, 0 of those without bits.
+        levels_ptr: levels of the quantisers, those of `b` bits from `2^b` on, and 0 before.
+        basis_ptr: components of the groups of each slice along the diagonal, in two parts (unused for MIX = 1).
+        dct_ptr: transform of a block, in two parts.
+        mean_ptr, scale_ptr: of the channels.
+        out_ptr: maps, of any strides.
+        stride_b, stride_c, stride_y, stride_x: these.
+        blocks: of all images, N.
+        length: bytes of a record.
+        channels: C.
+        height, width: of the maps.
+        down, across: blocks of a map.
+        per_down, per_across: their inverses.
+        MIX: channels of a group.
+        COMPONENTS: channels of a slice.
+        EDGE_H, EDGE_W: of a block; M is their product.
+        WHOLE: whether the maps are made of whole blocks.
+        WIDE: whether offsets of maps need 64 bits.
+        ALIGNED: whether a row of a block is eight values side by side that begin at a multiple of eight.
+        MANY: whether the numbers of blocks exceed 2^20.
+        PRECISE: whether products need more than factors in bfloat16.
+        BLOCK_C, BLOCK_M: COMPONENTS and M, at least, as powers of two.
+        BLOCKS: blocks that a program handles.
     """
     M: tl.constexpr = EDGE_H * EDGE_W
     i_slice = tl.program_id(1)
@@ -272,15 +320,14 @@ def decode_blocks_kernel(
     b_four = rotate(b_four[:, :, :, None], b_field)
     i_level = (1 << (n_bits & 31)) | ((b_four >> 1) >> (31 - (n_bits & 31)))
     b_value = tl.load(levels_ptr + i_level) * tl.load(deviation_ptr + o_row)
-    if not PRECISE:
-        b_value = b_value.to(tl.bfloat16)
 
     if MIX > 1:
-        b_value = tl.reshape(b_value, [BLOCK_C, BLOCKS * BLOCK_M])
-        b_basis = load_square(basis_ptr, i_slice, tl.num_programs(1), BLOCK_C, PRECISE)
-        b_value = product(b_basis, b_value, PRECISE)
-    b_value = tl.reshape(b_value, [BLOCK_C * BLOCKS, BLOCK_M])
-    b_value = product(b_value, load_square(dct_ptr, 0, 1, BLOCK_M, PRECISE), PRECISE)
+        b_value, b_rest = parts_of(tl.reshape(b_value, [BLOCK_C, BLOCKS * BLOCK_M]))
+        b_basis, b_basis_rest = load_parts(basis_ptr, i_slice, tl.num_programs(1), BLOCK_C, PRECISE)
+        b_value = product(b_basis, b_basis_rest, b_value, b_rest, PRECISE)
+    b_value, b_rest = parts_of(tl.reshape(b_value, [BLOCK_C * BLOCKS, BLOCK_M]))
+    b_dct, b_dct_rest = load_parts(dct_ptr, 0, 1, BLOCK_M, PRECISE)
+    b_value = product(b_value, b_rest, b_dct, b_dct_rest, PRECISE)
     b_value = tl.reshape(b_value, [BLOCK_C, BLOCKS, BLOCK_M])
 
     i_channel = i_first + tl.arange(0, BLOCK_C)[:, None, None]
@@ -316,8 +363,8 @@ def encode_blocks_kernel(
     places_ptr,  # (slices, BLOCK_C, BLOCK_M)
     starts_ptr,  # (slices, BLOCK_C, BLOCK_M)
     levels_ptr,  # (512,)
-    basis_ptr,  # (slices, BLOCK_C, BLOCK_C)
-    dct_ptr,  # (BLOCK_M, BLOCK_M)
+    basis_ptr,  # (2, slices, BLOCK_C, BLOCK_C)
+    dct_ptr,  # (2, BLOCK_M, BLOCK_M)
     mean_ptr,  # (C,)
     inverse_ptr,  # (C,)
     bits_ptr,  # (8 * length,)
@@ -356,6 +403,47 @@ def encode_blocks_kernel(
     BYTES: tl.constexpr,
 ):
     """Writes what some blocks of a slice put into their records.
+
+    Args:
+        x_ptr: maps, of any strides.
+        rates_ptr: rate of the compander over the deviation of each row, negative, for powers of two; 0 of rows without
+            bits.
+        factors_ptr: factor of the compander of each row. Its lowest five bits tell by how much to rotate a number down
+            that has its floor from bit 14 on, for the code to stand where it will in a byte of the record.
+        places_ptr: int32 of each row, which bits its code has then, and the next ones for those of the following byte.
+            As float32 it is the bound of the cells: less than their number of either sign, by less than one.
+        starts_ptr: int32, where the field of each row begins (used with STOCHASTIC).
+        levels_ptr: levels of the quantisers, those of `b` bits from `2^b` on (used with STOCHASTIC).
+        basis_ptr: components of the groups of each slice along the diagonal, in two parts (unused for MIX = 1).
+        dct_ptr: transform of a block, in two parts.
+        mean_ptr, inverse_ptr: mean of the channels and the inverse of their scales.
+        bits_ptr: int16 for each bit of a record, the row, counted within its slice with rows of BLOCK_M.
+        slices_ptr: int32, the bit with which each slice begins, and the end.
+        key_ptr: int32, key of the noise (used with STOCHASTIC).
+        records_ptr: uint8 records.
+        shared_ptr: uint8, what a slice has of the byte with which it begins and of that with which it ends, where these
+            are not its own (used with SHARED).
+        stride_b, stride_c, stride_y, stride_x: of the maps.
+        rate: of the compander, for powers of two.
+        blocks: of all images, N.
+        length: bytes of a record.
+        channels: C.
+        height, width: of the maps; beyond their edges they are repeated.
+        down, across: blocks of a map.
+        per_down, per_across: their inverses.
+        MIX: channels of a group.
+        COMPONENTS: channels of a slice.
+        EDGE_H, EDGE_W: of a block; M is their product.
+        WHOLE: whether the maps are made of whole blocks.
+        WIDE: whether offsets of maps need 64 bits.
+        ALIGNED: whether a row of a block is eight values side by side that begin at a multiple of eight.
+        MANY: whether the numbers of blocks exceed 2^20.
+        PRECISE: whether products need more than factors in bfloat16.
+        STOCHASTIC: whether noise decides between the levels on both sides of a value.
+        SHARED: whether there are several slices.
+        BLOCK_C, BLOCK_M: COMPONENTS and M, at least, as powers of two.
+        BLOCKS: blocks that a program handles.
+        BYTES: bytes of each record that are packed at a time.
     """
     M: tl.constexpr = EDGE_H * EDGE_W
     i_slice = tl.program_id(1)
@@ -379,11 +467,12 @@ def encode_blocks_kernel(
     b_x = tl.where(b_x > LEAST_VALUE, b_x, LEAST_VALUE)
 
     if MIX > 1:
-        b_x = tl.reshape(b_x, [BLOCK_C, BLOCKS * BLOCK_M])
-        b_basis = load_square(basis_ptr, i_slice, tl.num_programs(1), BLOCK_C, PRECISE)
-        b_x = product(tl.trans(b_basis), b_x, PRECISE)
-    b_x = tl.reshape(b_x, [BLOCK_C * BLOCKS, BLOCK_M])
-    b_x = product(b_x, tl.trans(load_square(dct_ptr, 0, 1, BLOCK_M, PRECISE)), PRECISE)
+        b_x, b_rest = parts_of(tl.reshape(b_x, [BLOCK_C, BLOCKS * BLOCK_M]))
+        b_basis, b_basis_rest = load_parts(basis_ptr, i_slice, tl.num_programs(1), BLOCK_C, PRECISE)
+        b_x = product(tl.trans(b_basis), tl.trans(b_basis_rest), b_x, b_rest, PRECISE)
+    b_x, b_rest = parts_of(tl.reshape(b_x, [BLOCK_C * BLOCKS, BLOCK_M]))
+    b_dct, b_dct_rest = load_parts(dct_ptr, 0, 1, BLOCK_M, PRECISE)
+    b_x = product(b_x, b_rest, tl.trans(b_dct), tl.trans(b_dct_rest), PRECISE)
     b_x = tl.reshape(b_x, [BLOCK_C, BLOCKS, BLOCK_M])
 
     # the compander rises with the modulus; codes below zero mirror those above
@@ -410,7 +499,7 @@ def encode_blocks_kernel(
         b_noise = uniform(b_position, tl.load(key_ptr).to(tl.uint32, bitcast=True))
         b_code = tl.where(b_share + b_noise >= 1.0, b_next, b_code)
         b_code = b_code << 14
-    # bits stand where they will in a byte of the record, those of the next byte before them; what is above does not count
+    # bits stand where they will in a byte of the record, and above them those of the next byte; the highest are any
     b_code = rotate(b_code.to(tl.uint32, bitcast=True), b_factor.to(tl.uint32, bitcast=True))
     b_code &= b_place.to(tl.uint32, bitcast=True)
     b_code = tl.reshape(b_code | (b_code >> 8), [BLOCK_C * BLOCKS * BLOCK_M])
@@ -448,8 +537,8 @@ def encode_blocks_kernel(
 
 
 def can_code(layout: Layout) -> bool:
-    """Whether the kernels take maps of a layout: groups of at most `SLICE` channels, and records below 16 MiB."""
-    return layout.mix <= SLICE and 8 * layout.record < 1 << (31 - _WIDTH_BITS)
+    """Whether the kernels take maps of a layout: groups of at most `SLICE` channels, and records below 128 MiB."""
+    return layout.mix <= SLICE and 8 * layout.record < 1 << 30
 
 
 def slice_components(layout: Layout) -> int:
@@ -486,7 +575,7 @@ def _shape(layout: Layout, maps: torch.Tensor, config: Blocks) -> tuple[dict[str
         "WHOLE": layout.shape[2] % layout.edges[0] == layout.shape[3] % layout.edges[1] == 0,
         "WIDE": sum((size - 1) * step for size, step in zip(maps.shape, maps.stride(), strict=True)) >= 1 << 31,
         "ALIGNED": _aligned(layout, maps),
-        "MANY": layout.blocks > 1 << 20,
+        "MANY": layout.blocks > _MANY_BLOCKS,
         "PRECISE": maps.dtype != torch.bfloat16,
         "BLOCK_C": block_c,
         "BLOCKS": blocks,
@@ -546,6 +635,8 @@ def plan_decode_blocks(
     assert can_code(layout), "groups or records too large"
     assert records.is_contiguous() and records.shape == (layout.blocks, layout.record)
     assert out.shape == tuple(layout.shape), "out must have the shape of the layout"
+    if records.storage_offset() % 4:
+        records = records.clone()  # they are read by words
     if config is None:
         config = DECODE_BLOCKS.choose(out.device, (out.dtype,), _sizes(layout))
     meta, grid = _shape(layout, out, config)

@@ -154,15 +154,15 @@ WORK = {
         in_pass=lambda meta: ("FFMA", 2 * meta["BLOCK_K"] * meta["BLOCK_I"] * meta["BLOCK_O"]),
     ),
     "decode_blocks": Work(
-        ("decode_blocks bf16 64 channels 8x8",),
+        ("decode_blocks bf16 64 channels 8x8 channels last", "decode_blocks bf16 64 channels 8x8"),
         9,
         lambda launch: 1 / 8,
         lambda launch: 2,
-        lambda passes: CACHE_LATENCY + MEMORY_LATENCY + CACHE_LATENCY,  # field, record, level
+        lambda passes: CACHE_LATENCY + MEMORY_LATENCY + CACHE_LATENCY,  # start, record, level
         reals=1,
     ),
     "encode_blocks": Work(
-        ("encode_blocks bf16 64 channels 8x8",),
+        ("encode_blocks bf16 64 channels 8x8 channels last", "encode_blocks bf16 64 channels 8x8"),
         0,
         lambda launch: 2,
         lambda launch: 1 / 8,
