@@ -612,10 +612,11 @@ def _matrices(plan: Plan, layout: Layout) -> tuple[torch.Tensor | None, torch.Te
     if basis is None:
         return None, _parts(dct)
     groups = slice_components(layout) // layout.mix
-    basis = functional.pad(basis, (0, 0, 0, 0, 0, -basis.shape[0] % groups)).view(-1, groups, layout.mix, 1, layout.mix)
+    basis = functional.pad(basis, (0, 0, 0, 0, 0, -basis.shape[0] % groups))
+    basis = basis.reshape(-1, groups, layout.mix, 1, layout.mix)
     own = torch.eye(groups, dtype=torch.bool, device=basis.device).view(groups, 1, groups, 1)
     missing = _block_c(layout) - groups * layout.mix
-    basis = torch.where(own, basis, 0).view(-1, groups * layout.mix, groups * layout.mix)
+    basis = torch.where(own, basis, 0).reshape(-1, groups * layout.mix, groups * layout.mix)
     return _parts(functional.pad(basis, (0, missing, 0, missing))), _parts(dct)
 
 
@@ -772,8 +773,8 @@ def plan_encode_blocks(
         tables.rates,
         tables.factors,
         tables.places,
-        tables.starts,
-        levels,
+        None if key is None else tables.starts,
+        None if key is None else levels,
         tables.basis,
         tables.dct,
         change.mean.contiguous(),
