@@ -302,7 +302,7 @@ def decode_blocks_kernel(
     # fields of four rows lie within 32 bits, and these within two words
     b_byte = i_block.to(tl.int64) * length
     b_word = b_byte >> 2
-    n_words = tl.minimum(((blocks.to(tl.int64) * length + 3) >> 2) - b_word, 1 << 30).to(tl.int32)
+    n_words = tl.minimum(((tl.cast(blocks, tl.int64) * length + 3) >> 2) - b_word, 1 << 30).to(tl.int32)
     o_four = tl.arange(0, BLOCK_C)[:, None, None] * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)[None, None, :]
     b_start = tl.load(starts_ptr + i_slice * (BLOCK_C * BLOCK_M // 4) + o_four)
     b_start += ((b_byte & 3) * 8).to(tl.int32)[None, :, None]
@@ -408,7 +408,7 @@ def encode_blocks_kernel(
         x_ptr: maps, of any strides.
         rates_ptr: rate of the compander over the deviation of each row, negative, for powers of two; 0 of rows without
             bits.
-        factors_ptr: factor of the compander of each row. Its lowest five bits tell by how much to rotate a number down
+        factors_ptr: factor of the compander of each row. Its lowest five bits tell by how much to rotate up a number
             that has its floor from bit 14 on, for the code to stand where it will in a byte of the record.
         places_ptr: int32 of each row, which bits its code has then, and the next ones for those of the following byte.
             As float32 it is the bound of the cells: less than their number of either sign, by less than one.

@@ -119,8 +119,8 @@ def test_compressed_maps_are_encoded_and_decoded_as_documented():
     launches = [o for o in traffic.operations if o.name.endswith("_blocks")]
     assert [o.name for o in launches] == ["encode_blocks", *["decode_blocks"] * decodes]
     assert all(o.values == 2 * 4 * 256 for o in launches)
-    # Maps and records once, and tables. Four channels are filled up to 16, and matrices have two parts of 16 bits: basis
-    # and transform, beside them mean and scale of the channels.
+    # Maps and records once, and tables: basis and transform in two parts of 16 bits, mean and scale of the channels.
+    # Four channels are filled up to 16.
     layout = block_layout((2, 4, 16, 16), 2.0, 64)
     assert layout.groups == 1 and layout.frequencies == 64
     rows, common = 16 * 64, dense + layout.blocks * layout.record + 2 * 2 * (16**2 + 64**2) + 4 * 2 * 4
