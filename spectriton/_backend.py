@@ -369,7 +369,9 @@ class TritonBackend(Backend):
         """As the reference's; of what the kernels do not take nothing stays."""
         if not self._kernels.can_code(layout):
             return super().ready_plan(plan, layout)
-        encoding, decoding = self._kernels.block_tables(plan, layout, block_codec.RATE)
+        encoding, decoding = self._kernels.block_tables(
+            plan, layout, block_codec.compander_factors(plan.width.device), block_codec.RATE
+        )
         none = plan.rows.new_empty(0)
         return plan._replace(rows=none, width=none, start=none, encoding=encoding, decoding=decoding)
 

@@ -152,18 +152,16 @@ class Blocks:
     Attributes:
         values: numbers of the blocks that a program handles, those that fill up its matrices included, if that is a
             block of a slice or more.
-        thread_values: numbers that a thread handles; half of it in blocks that have to be filled up, whose addresses
-            take more registers.
+        thread_values: numbers that a thread handles.
     """
 
     values: int
     thread_values: int
 
-    def shape(self, block_values: int, blocks: int, filled_up: bool = False) -> tuple[int, int]:
+    def shape(self, block_values: int, blocks: int) -> tuple[int, int]:
         """(blocks, warps) of a program, for `blocks` of `block_values` numbers, a power of two."""
         count = min(next_power_of_2(blocks), max(1, self.values // block_values))
-        of_warp = 32 * self.thread_values // (2 if filled_up else 1)
-        return count, max(1, min(8, count * block_values // of_warp))
+        return count, max(1, min(8, count * block_values // (32 * self.thread_values)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,10 +311,10 @@ KERNEL_SPECTRUM_ADJOINT = Tunable(
 )
 
 _BLOCK_SIZES = ("blocks", "components", "frequencies", "mix")
-# Where the others are not named, triton 3.6 spills registers when it decodes, and 3.7 for sm_100 when it encodes.
-_DECODED = tuple(Blocks(*numbers) for numbers in ((1024, 8), (2048, 8), (2048, 16), (4096, 16)))
+# With fewer values to a thread triton 3.7 spills registers when it encodes for sm_100.
+_DECODED = tuple(Blocks(*numbers) for numbers in ((1024, 16), (2048, 16), (2048, 32), (4096, 16), (4096, 32)))
 _ENCODED = tuple(Blocks(*numbers) for numbers in ((512, 32), (1024, 32), (2048, 32), (4096, 32)))
-DECODE_BLOCKS = Tunable("decode_blocks", _BLOCK_SIZES, _DECODED, lambda dtypes, sizes: Blocks(4096, 16))
+DECODE_BLOCKS = Tunable("decode_blocks", _BLOCK_SIZES, _DECODED, lambda dtypes, sizes: Blocks(4096, 32))
 ENCODE_BLOCKS = Tunable("encode_blocks", _BLOCK_SIZES, _ENCODED, lambda dtypes, sizes: Blocks(4096, 32))
 
 RECTIFY = Tunable("rectify", ("values",), _STREAMS, _stream)

@@ -192,21 +192,34 @@ def _block_plan(layout: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(change=change, width=rows, start=rows, deviation=deviation, encoding=None, decoding=None)
 
 
+def _maps(dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool) -> torch.Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return _meta(*shape, dtype=dtype).to(memory_format=layout)
+
+
 def _records(layout: SimpleNamespace) -> torch.Tensor:
     return _meta(layout.blocks, layout.record, dtype=torch.uint8)
 
 
-def _decode_blocks(dtype: torch.dtype, shape: tuple[int, ...], edge: int, mix: int, config: Any = None) -> Launch:
+def _decode_blocks(
+    dtype: torch.dtype, shape: tuple[int, ...], edge: int, mix: int, channels_last: bool = False, config: Any = None
+) -> Launch:
     layout = _layout(shape, edge, mix)
-    out = _meta(*shape, dtype=dtype)
+    out = _maps(dtype, shape, channels_last)
     return plan_decode_blocks(_records(layout), layout, _block_plan(layout), _meta(512), out, config)
 
 
 def _encode_blocks(
-    dtype: torch.dtype, shape: tuple[int, ...], edge: int, mix: int, stochastic: bool = False, config: Any = None
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    edge: int,
+    mix: int,
+    channels_last: bool = False,
+    stochastic: bool = False,
+    config: Any = None,
 ) -> Launch:
     layout = _layout(shape, edge, mix)
-    x, key = _meta(*shape, dtype=dtype), _meta(dtype=torch.int32) if stochastic else None
+    x, key = _maps(dtype, shape, channels_last), _meta(dtype=torch.int32) if stochastic else None
     return plan_encode_blocks(x, layout, _block_plan(layout), _meta(512), _meta(9), 0.5, key, _records(layout), config)[
         0
     ]
@@ -353,10 +366,13 @@ def examples() -> list[Example]:
     maps, small = (BATCH, CHANNELS, HEIGHT, WIDTH), (BATCH, 512, 7, 7)
     for name, coder in (("decode_blocks", _decode_blocks), ("encode_blocks", _encode_blocks)):
         add(f"{name} bf16 64 channels 8x8", coder, brain, maps, 8, 64)
+        add(f"{name} bf16 64 channels 8x8 channels last", coder, brain, maps, 8, 64, True)
+        add(f"{name} bf16 64 channels 7x7 channels last", coder, brain, small, 7, 64, True)
         add(f"{name} fp32 64 channels 8x8", coder, single, maps, 8, 64)
         add(f"{name} bf16 16 channels 4x4", coder, brain, maps, 4, 16)
+        add(f"{name} fp32 one block", coder, single, (1, 1, 8, 8), 8, 1)  # sizes of 1 become constants
     add("decode_blocks fp16 1 channel 7x7", _decode_blocks, half, small, 7, 1)
-    add("encode_blocks bf16 64 channels 7x7 stochastic", _encode_blocks, brain, small, 7, 64, True)
+    add("encode_blocks bf16 64 channels 7x7 stochastic", _encode_blocks, brain, small, 7, 64, False, True)
 
     for dtype in (single, double, half, brain):
         short = SHORT_NAMES[dtype]

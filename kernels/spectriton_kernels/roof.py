@@ -3,6 +3,7 @@
 Everything is read or derived from the code for one example launch a row: nothing is measured.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from typing import Any
@@ -153,21 +154,21 @@ WORK = {
         in_pass=lambda meta: ("FFMA", 2 * meta["BLOCK_K"] * meta["BLOCK_I"] * meta["BLOCK_O"]),
     ),
     "decode_blocks": Work(
-        ("decode_blocks bf16 64 channels 8x8",),
-        8,
+        ("decode_blocks bf16 64 channels 8x8 channels last", "decode_blocks bf16 64 channels 8x8"),
+        9,
         lambda launch: 1 / 8,
         lambda launch: 2,
-        lambda passes: CACHE_LATENCY + MEMORY_LATENCY + CACHE_LATENCY,  # field, record, level
+        lambda passes: CACHE_LATENCY + MEMORY_LATENCY + CACHE_LATENCY,  # start, record, level
         reals=1,
     ),
     "encode_blocks": Work(
-        ("encode_blocks bf16 64 channels 8x8",),
+        ("encode_blocks bf16 64 channels 8x8 channels last", "encode_blocks bf16 64 channels 8x8"),
         0,
         lambda launch: 2,
         lambda launch: 1 / 8,
         lambda passes: MEMORY_LATENCY + (1 + passes) * CACHE_LATENCY,  # maps, ends of the slice, rows of the bits
         reals=1,
-        passes=lambda launch: launch.args[12].shape[1] // launch.meta["BYTES"],
+        passes=lambda launch: launch.args[13].shape[1] // launch.meta["BYTES"],
         in_pass=lambda meta: ("STG", meta["BLOCKS"] * meta["BYTES"]),
     ),
     "rectify": _maps(0, 2, 2 + 1 / 8, "rectify bf16"),
@@ -251,7 +252,7 @@ def row(job: Job, launch: Launch, compiled: Any) -> Row:
     warps = launch.meta["num_warps"]
     threads = 32 * warps
     coefficients = launch.args[work.operand].numel() / work.reals
-    per_program = coefficients / launch.grid[0]
+    per_program = coefficients / math.prod(launch.grid)
     passes = repeats(instructions, work, launch, threads)
 
     def executed(weight: Callable[[Instruction], float]) -> float:

@@ -119,13 +119,15 @@ def test_compressed_maps_are_encoded_and_decoded_as_documented():
     launches = [o for o in traffic.operations if o.name.endswith("_blocks")]
     assert [o.name for o in launches] == ["encode_blocks", *["decode_blocks"] * decodes]
     assert all(o.values == 2 * 4 * 256 for o in launches)
-    # Maps and records once, and tables: two numbers a row, levels, basis, transform, mean and scale of channels.
+    # Maps and records once, and tables: basis and transform in two parts of 16 bits, mean and scale of the channels.
+    # Four channels are filled up to 16.
     layout = block_layout((2, 4, 16, 16), 2.0, 64)
-    records = layout.blocks * layout.record
-    tables = 4 * (2 * layout.rows + 512 + layout.groups * layout.mix**2 + layout.frequencies**2 + 2 * 4)
-    assert [o.read + o.written for o in launches[1:]] == [dense + records + tables] * decodes
-    # To encode, besides: the row of each bit, ends of the slices (one), factors of the compander.
-    assert launches[0].read + launches[0].written == dense + records + tables + 4 * (8 * layout.record + 2 + 9)
+    assert layout.groups == 1 and layout.frequencies == 64
+    rows, common = 16 * 64, dense + layout.blocks * layout.record + 2 * 2 * (16**2 + 64**2) + 4 * 2 * 4
+    # Where each four rows begin, two numbers a row, levels.
+    assert [o.read + o.written for o in launches[1:]] == [common + 4 * (rows // 4 + 2 * rows + 512)] * decodes
+    # Three numbers a row, the row of each bit in 16 bits, ends of the slices (one).
+    assert launches[0].read + launches[0].written == common + 4 * 3 * rows + 2 * 8 * layout.record + 4 * 2
     parts = traffic.parts()
     assert {"statistics of the codec", "encoding", "decoding", "batch norm and ReLU, again"} <= set(parts)
     assert sum(part.nbytes for part in parts.values()) == traffic.nbytes

@@ -178,6 +178,47 @@ def test_tables_that_are_ready_change_nothing(shape, rate, mix, device):
     assert torch.equal(maps, again)
 
 
+def test_records_anywhere_in_memory(device):
+    """And the last bytes of the memory are as good as any."""
+    given = coded((2, 5, 9, 8), 3.0, 5, device)
+    expected = TritonBackend().decode_blocks(
+        given.records, given.layout, given.plan, torch.empty_like(given.x), WORKSPACE
+    )
+    for before in (1, 2, 3):
+        own = torch.empty(before + given.records.numel(), dtype=torch.uint8, device=device)[before:]
+        own = own.view(given.records.shape).copy_(given.records)
+        out = TritonBackend().decode_blocks(own, given.layout, given.plan, torch.empty_like(given.x), WORKSPACE)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_last_and_many_blocks_change_nothing(dtype, device, monkeypatch):
+    given = coded((2, 16, 16, 8), 2.0, 8, device, dtype)
+    runs = TritonBackend()
+    records = runs.encode_blocks(given.x, given.layout, given.plan, None, WORKSPACE)
+    maps = runs.decode_blocks(records, given.layout, given.plan, torch.empty_like(given.x), WORKSPACE)
+    monkeypatch.setattr("spectriton_kernels.block_codec._MANY_BLOCKS", 1)
+    last = given.x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(records, runs.encode_blocks(last, given.layout, given.plan, None, WORKSPACE))
+    assert torch.equal(maps, runs.decode_blocks(records, given.layout, given.plan, torch.empty_like(last), WORKSPACE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [1.0, 4.0])
+def test_error_is_that_of_the_reference(dtype, rate, device):
+    given = coded((4, 16, 16, 16), rate, 16, device, dtype)
+    records = TritonBackend().encode_blocks(given.x, given.layout, given.plan, None, WORKSPACE)
+    out = torch.empty_like(given.x, dtype=torch.float32)
+    error, expected = (
+        (decode(r, given.layout, given.plan, out, WORKSPACE) - given.x).norm()
+        for decode, r in (
+            (TritonBackend().decode_blocks, records),
+            (block_codec.decode_blocks, given.records),
+        )
+    )
+    assert error < 1.01 * expected
+
+
 def test_slices_that_share_a_byte(device):
     """Two in the case of 66 channels, all four here."""
     given = coded(*SHARED_BYTES, device)

@@ -59,7 +59,6 @@ def test_blocks():
     assert Adjoint(16384, 16, 32, 4).shape(9, 64, 64, 4) == (16, 8, 32)
     assert Adjoint(16384, 16, 32, 4).shape(1, 2, 2, 8) == (1, 2, 2)
     assert Blocks(4096, 32).shape(4096, 1000) == (1, 4)
-    assert Blocks(4096, 32).shape(4096, 1000, filled_up=True) == (1, 8)
     assert Blocks(4096, 16).shape(1024, 1000) == (4, 8)
     assert Blocks(2048, 32).shape(256, 3) == (4, 1)
 
