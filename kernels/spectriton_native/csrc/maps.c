@@ -4,6 +4,28 @@
 
 #include "pairs.h"
 
+/* Eight stored pairs, times `scale` and `factor`, apart: as many real and imaginary parts as there are planes. */
+INLINE void expand_apart(const uint8_t *source, uint8_t bits, int format, float scale, float factor, int64_t some,
+                         float *real, float *imaginary)
+{
+#if WIDE
+    const __m512 pairs = _mm512_mul_ps(expand_scaled(source, bits, format, scale), _mm512_set1_ps(factor));
+    const __m512i order = _mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512 apart = _mm512_permutexvar_ps(order, pairs);
+    const __mmask8 there = some >= 8 ? 0xff : (1u << some) - 1;
+    _mm256_mask_storeu_ps(real, there, _mm512_castps512_ps256(apart));
+    _mm256_mask_storeu_ps(imaginary, there, _mm512_extractf32x8_ps(apart, 1));
+#else
+    float pairs[16], re[8], im[8];
+    expand(source, bits, format, scale, pairs);
+    split(pairs, re, im);
+    for (int k = 0; k < 8 && k < some; k++) {
+        real[k] = re[k] * factor;
+        imaginary[k] = im[k] * factor;
+    }
+#endif
+}
+
 INLINE int expand_parts_as(const Part *part, const uint8_t *values, const float *scales, const int64_t *places,
                            const float *factors, int64_t band, int64_t planes, float *out, int threads, int format)
 {
@@ -22,22 +44,8 @@ INLINE int expand_parts_as(const Part *part, const uint8_t *values, const float 
             const uint8_t *bits = bitmap_of(part, i, t), *source = values + start * stored_bytes(format);
             const float factor = factors[row], scale = format >= INT8 ? scales[row * part->tiles + t] : 1;
             for (int64_t p = first; p < first + 8 * bytes && p < planes; p += 8, bits++) {
-                float pairs[16], re[8], im[8];
-                expand(source, *bits, format, scale, pairs);
+                expand_apart(source, *bits, format, scale, factor, planes - p, real + p, imaginary + p);
                 source += __builtin_popcount(*bits) * stored_bytes(format);
-                split(pairs, re, im);
-                const int64_t some = planes - p;
-                if (some >= 8) {
-                    for (int k = 0; k < 8; k++) {
-                        real[p + k] = re[k] * factor;
-                        imaginary[p + k] = im[k] * factor;
-                    }
-                } else {
-                    for (int k = 0; k < some; k++) {
-                        real[p + k] = re[k] * factor;
-                        imaginary[p + k] = im[k] * factor;
-                    }
-                }
             }
         }
     }
@@ -71,21 +79,25 @@ int expand_parts(const Part *part, const uint8_t *values, int64_t format, const 
     BY_FORMAT(expand_parts_as, part, values, scales, places, factors, band, planes, out, threads)
 }
 
-/* Eight pairs of the parts of a frequency, zero beyond the last plane. */
-INLINE void join(const float *real, const float *imaginary, int64_t some, float factor, float *pairs)
+/* Writes those of eight pairs of the parts of a frequency whose bits are set, zero beyond the last plane; returns how
+   many. */
+INLINE int compress_apart(const float *real, const float *imaginary, int64_t some, float factor, uint8_t bits,
+                          float *out)
 {
-    if (some >= 8) {
-        for (int k = 0; k < 8; k++) {
-            pairs[2 * k] = real[k] * factor;
-            pairs[2 * k + 1] = imaginary[k] * factor;
-        }
-    } else {
-        memset(pairs, 0, 16 * sizeof(float));
-        for (int k = 0; k < some; k++) {
-            pairs[2 * k] = real[k] * factor;
-            pairs[2 * k + 1] = imaginary[k] * factor;
-        }
+#if WIDE
+    const __mmask8 there = some >= 8 ? 0xff : (1u << some) - 1;
+    const __m256 re = _mm256_maskz_loadu_ps(there, real), im = _mm256_maskz_loadu_ps(there, imaginary);
+    const __m512i order = _mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+    const __m512 pairs = _mm512_permutexvar_ps(order, _mm512_insertf32x8(_mm512_castps256_ps512(re), im, 1));
+    return compress_wide(_mm512_mul_ps(pairs, _mm512_set1_ps(factor)), bits, out);
+#else
+    float pairs[16] = {0};
+    for (int k = 0; k < 8 && k < some; k++) {
+        pairs[2 * k] = real[k] * factor;
+        pairs[2 * k + 1] = imaginary[k] * factor;
     }
+    return compress(pairs, bits, out);
+#endif
 }
 
 /* Writes the pairs of parts where the pattern keeps them, times `factors` (F,). */
@@ -107,11 +119,8 @@ int gather_parts(const Part *part, const float *parts, const int64_t *places, co
             const uint8_t *bits = bitmap_of(part, i, t);
             float *target = out + 2 * start;
             for (int64_t p = first; p < first + 8 * bytes && p < planes; p += 8, bits++) {
-                if (*bits == 0)
-                    continue;
-                float pairs[16];
-                join(real + p, imaginary + p, planes - p, factors[row], pairs);
-                target += 2 * compress(pairs, *bits, target);
+                if (*bits)
+                    target += 2 * compress_apart(real + p, imaginary + p, planes - p, factors[row], *bits, target);
             }
         }
     }
