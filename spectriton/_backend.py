@@ -156,6 +156,18 @@ class Backend:
         """See :func:`spectriton.reference.block_codec.decode_blocks`; the plan is that of :meth:`block_plan`."""
         return block_codec.decode_blocks(records, layout, plan, out, workspace)
 
+    def by_bits(self, dtype: torch.dtype) -> bool:
+        """Whether kept coefficients of this precision are moved without lists of their places and copies."""
+        return False
+
+    def plane_arrays(self, grid: FrequencyGrid, dtype: torch.dtype, repacked: bool) -> int:
+        """How many arrays of the size of a chunk's half spectra stand side by side while planes are transformed.
+
+        ``repacked``: of maps that are made of a packed spectrum to become another.
+        """
+        # Maps, half spectrum, its rows and their padded copy; each way.
+        return 10 if repacked else 5
+
     def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
         """What may be handed to :meth:`row_pattern` to save counting at every chunk."""
         return reference.tile_index(bitmap, offsets)

@@ -111,7 +111,7 @@ class EmbeddedMixing(Mixing):
 
 def _by_group(chunk: Tensor, groups: int) -> Tensor:
     """``(Fc, B, C)`` as ``(Fc, g, B, C / g)``, a view."""
-    return chunk.unflatten(2, (groups, -1)).transpose(1, 2)
+    return chunk.view(*chunk.shape[:2], groups, chunk.shape[2] // groups).transpose(1, 2)
 
 
 def _matmul_into(x: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> None:

@@ -42,6 +42,16 @@ class NativeBackend(Backend):
 
     name = "native"
 
+    def by_bits(self, dtype: torch.dtype) -> bool:
+        """Where the functions take it."""
+        return dtype == torch.float32
+
+    def plane_arrays(self, grid: FrequencyGrid, dtype: torch.dtype, repacked: bool) -> int:
+        """As the reference's where it does the work."""
+        if dtype != torch.float32 or not self.planes_innermost(grid):
+            return super().plane_arrays(grid, dtype, repacked)
+        return 2  # maps, and rows or maps in another order
+
     def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
         """As the reference's."""
         if not (bitmap.is_contiguous() and offsets.is_contiguous()):

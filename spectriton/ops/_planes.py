@@ -339,16 +339,20 @@ def keep_from_density(density: float, sizes: Layout) -> int:
     return most_kept(density, sizes) - sizes.row
 
 
-def tiles_at_a_time(sizes: Layout, dtype: torch.dtype, workspace: int) -> int:
-    """Tiles of planes whose temporaries fit the workspace, at least one."""
-    # Maps, half spectrum, its rows and their padded copy.
-    bytes_per_tile = 5 * sizes.tile * sizes.height * (sizes.width + 2) * dtype.itemsize
+def tiles_at_a_time(
+    sizes: Layout, dtype: torch.dtype, workspace: int, device: torch.device, repacked: bool = False
+) -> int:
+    """Tiles of planes whose temporaries fit the workspace, at least one; ``repacked`` as of the backends."""
+    arrays = backend(device).plane_arrays(frequency_grid(sizes.height, sizes.width, device), dtype, repacked)
+    bytes_per_tile = arrays * sizes.tile * sizes.height * (sizes.width + 2) * dtype.itemsize
     return max(1, workspace // max(1, bytes_per_tile))
 
 
-def plane_chunks(sizes: Layout, dtype: torch.dtype, workspace: int) -> Iterator[tuple[int, int, int, int]]:
+def plane_chunks(
+    sizes: Layout, dtype: torch.dtype, workspace: int, device: torch.device, repacked: bool = False
+) -> Iterator[tuple[int, int, int, int]]:
     """``(t0, t1, first plane, one past the last plane)`` of chunks whose temporaries fit the workspace."""
-    step = tiles_at_a_time(sizes, dtype, workspace)
+    step = tiles_at_a_time(sizes, dtype, workspace, device, repacked)
     for t0 in range(0, sizes.tiles, step):
         t1 = min(t0 + step, sizes.tiles)
         yield t0, t1, t0 * sizes.tile, min(t1 * sizes.tile, sizes.row)
@@ -375,13 +379,14 @@ def pack_planes(
     device: torch.device,
     workspace: int,
     seed: Tensor | None = None,
+    repacked: bool = False,
 ) -> Packed:
     """Pack the spectra that ``rows_of`` gives.
 
     ``density`` of zero or more overrides the threshold by the one that keeps this fraction. With a ``seed`` values are
-    rounded stochastically.
+    rounded stochastically. ``repacked`` as of the backends.
     """
-    chunks = list(plane_chunks(sizes, dtype, workspace))
+    chunks = list(plane_chunks(sizes, dtype, workspace, device, repacked))
     level: float | Tensor = threshold
     if density >= 0:
         histogram = Histogram(device)
@@ -407,7 +412,7 @@ def unpack_planes(
     primitives = backend(device)
     grid = frequency_grid(sizes.height, sizes.width, device)
     index = primitives.tile_index(bitmap, offsets)
-    for t0, t1, first, last in plane_chunks(sizes, out.dtype, workspace):
+    for t0, t1, first, last in plane_chunks(sizes, out.dtype, workspace, device):
         half = out[first:last]
         primitives.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, last - first, None, half, index)
         yield half
@@ -427,7 +432,8 @@ def unpack_maps(
     primitives = backend(values.device)
     grid = frequency_grid(sizes.height, sizes.width, values.device)
     index = primitives.tile_index(bitmap, offsets)
-    for t0, t1, first, last in plane_chunks(sizes, torch.promote_types(values.dtype, torch.float32), workspace):
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    for t0, t1, first, last in plane_chunks(sizes, dtype, workspace, values.device):
         maps = out_of(first, last)
         primitives.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, maps, index)
         yield first, last, maps
@@ -443,7 +449,7 @@ def gather_planes(
     # The kernels' patterns may leave room to spare, which must not look like gradients that are not numbers.
     make = torch.zeros if primitives.name == "triton" else torch.empty
     out = make(kept, 2, dtype=dtype, device=bitmap.device)
-    for t0, t1, first, last in plane_chunks(sizes, dtype, workspace):
+    for t0, t1, first, last in plane_chunks(sizes, dtype, workspace, bitmap.device):
         rows = rows_of(first, last, (t1 - t0) * sizes.tile)
         pattern = primitives.row_pattern(bitmap, offsets, every, t0, t1, index)
         primitives.gather_rows(rows, bitmap, offsets, every, t0, out, pattern)
@@ -459,13 +465,17 @@ def gather_maps(
     sizes: Layout,
     dtype: torch.dtype,
     workspace: int,
+    repacked: bool = False,
 ) -> Tensor:
-    """``(kept, 2)``: the adjoint of packed coefficients to real maps, for maps ``planes(first, last)``."""
+    """``(kept, 2)``: the adjoint of packed coefficients to real maps, for maps ``planes(first, last)``.
+
+    ``repacked`` as of the backends.
+    """
     primitives = backend(bitmap.device)
     grid = frequency_grid(sizes.height, sizes.width, bitmap.device)
     index = primitives.tile_index(bitmap, offsets)
     out = torch.empty(kept, 2, dtype=dtype, device=bitmap.device)
-    for t0, t1, first, last in plane_chunks(sizes, dtype, workspace):
+    for t0, t1, first, last in plane_chunks(sizes, dtype, workspace, bitmap.device, repacked):
         primitives.gather_maps(planes(first, last).to(dtype), bitmap, offsets, grid, t0, t1, out, index)
     return out.mul_(2)  # a stored coefficient stands for two, unless it is its own conjugate
 

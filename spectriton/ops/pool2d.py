@@ -402,9 +402,9 @@ def _repacked_pool2d(
     sizes, pooled = layout(shape), layout([*shape[:2], *size])
     pooling = _Pooling(sizes, kernel, stride, values.device)
     codes = torch.empty(_code_bytes(sizes.row, pooling.outputs, kernel), dtype=torch.uint8, device=values.device)
-    half = resolve_workspace(workspace, values.device) // 2  # one half for the maps, one for what becomes of them
+    bound = resolve_workspace(workspace, values.device)
     maps_of = _map_reader(values, scales, bitmap, offsets, sizes, True, edge.dtype, pooling.across)
-    step = tiles_at_a_time(sizes, edge.dtype, half)
+    step = tiles_at_a_time(sizes, edge.dtype, bound, values.device, repacked=True)
 
     def maxima(first: int, last: int) -> Tensor:
         # Smaller maps have tiles of as many planes or more: these are whole tiles of the large ones, too.
@@ -416,7 +416,8 @@ def _repacked_pool2d(
         return y
 
     transform = rows_of_maps(maxima, pooled, edge.dtype, values.device)
-    packed = pack_planes(transform, pooled, threshold, density, value_dtype, edge.dtype, values.device, half)
+    rule = (threshold, density, value_dtype)
+    packed = pack_planes(transform, pooled, *rule, edge.dtype, values.device, bound, repacked=True)
     return (*packed, codes)
 
 
@@ -468,8 +469,8 @@ def _repacked_pool2d_backward(
         grads = grads_of(t0, -(-last // pooled.tile))[first - t0 * pooled.tile : last - t0 * pooled.tile]
         return pooling.spread(grads, codes, first)
 
-    half = resolve_workspace(workspace, grad.device) // 2
-    return gather_maps(planes, bitmap, offsets, kept, sizes, grad.dtype, half)
+    bound = resolve_workspace(workspace, grad.device)
+    return gather_maps(planes, bitmap, offsets, kept, sizes, grad.dtype, bound, repacked=True)
 
 
 @_repacked_pool2d_backward.register_fake

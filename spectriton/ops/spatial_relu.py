@@ -71,7 +71,7 @@ def _activated(
     size, sizes = _output_size(shape[2:], kernel, stride), layout(shape)
     pooling = _Pooling(sizes, kernel, stride, packed[0].device)
     maps_of = _map_reader(*packed, sizes, True, dtype, pooling.across)
-    step = tiles_at_a_time(sizes, dtype, workspace)
+    step = tiles_at_a_time(sizes, dtype, workspace, packed[0].device, repacked=True)
     plain, affine = _plain(kernel, stride), None
     if mean is not None and var is not None:
         factor = norm_factor(weight, var, eps)
@@ -139,11 +139,12 @@ def _spatial_relu(
     codes, signs = (
         torch.empty(count, dtype=torch.uint8, device=values.device) for count in _code_sizes(shape, kernel, stride)
     )
-    half = resolve_workspace(workspace, values.device) // 2  # one half for the maps, one for what becomes of them
+    bound = resolve_workspace(workspace, values.device)
     packed, norm = (values, scales, bitmap, offsets), (weight, bias, mean, var)
-    planes = _activated(packed, norm, shape, eps, kernel, stride, edge.dtype, half, codes, signs)
+    planes = _activated(packed, norm, shape, eps, kernel, stride, edge.dtype, bound, codes, signs)
     transform = rows_of_maps(planes, sizes, edge.dtype, values.device)
-    out = pack_planes(transform, sizes, threshold, density, value_dtype, edge.dtype, values.device, half)
+    rule = (threshold, density, value_dtype)
+    out = pack_planes(transform, sizes, *rule, edge.dtype, values.device, bound, repacked=True)
     return (*out, codes, signs)
 
 
@@ -195,15 +196,15 @@ def _spatial_relu_again(
 ) -> tuple[Tensor, Tensor]:
     """Values and scales of the result once more, whose pattern is known; the edge is the result's."""
     sizes, device = layout(shape), values.device
-    half = resolve_workspace(workspace, device) // 2  # the same chunks as before, and so the same to the bit
+    bound = resolve_workspace(workspace, device)  # the same chunks as before, and so the same to the bit
     packed, norm = (values, scales, bitmap, offsets), (weight, bias, mean, var)
-    planes = _activated(packed, norm, shape, eps, [1, 1], [1, 1], edge.dtype, half, values.new_empty(0), None)
+    planes = _activated(packed, norm, shape, eps, [1, 1], [1, 1], edge.dtype, bound, values.new_empty(0), None)
     transform = rows_of_maps(planes, sizes, edge.dtype, device)
     out_values = values.new_empty(edge.shape[0], *values.shape[1:])
     out_scales = torch.zeros_like(scales)
     primitives, every = backend(device), slice(0, sizes.frequencies)
     index = primitives.tile_index(out_bitmap, out_offsets)
-    for t0, t1, first, last in plane_chunks(sizes, edge.dtype, half):
+    for t0, t1, first, last in plane_chunks(sizes, edge.dtype, bound, device, repacked=True):
         rows = transform(first, last, (t1 - t0) * sizes.tile)
         pattern = primitives.row_pattern(out_bitmap, out_offsets, every, t0, t1, index)
         store_rows(rows, out_bitmap, out_offsets, every, out_values, out_scales, pattern, t0)
@@ -276,8 +277,8 @@ def _spatial_relu_backward(
         # It may be written over: no chunk of planes is asked for twice.
         return pooling.spread(grads, None if _plain(kernel, stride) else codes, first, signs)
 
-    half = resolve_workspace(workspace, grad.device) // 2
-    grad_maps = gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, half)
+    bound = resolve_workspace(workspace, grad.device)
+    grad_maps = gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, bound, repacked=True)
     if values is None or scales is None or mean is None or var is None:
         return grad_maps, grad.new_empty(0), grad.new_empty(0)
     norm = (weight, bias, mean, var, None)

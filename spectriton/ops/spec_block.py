@@ -8,7 +8,7 @@ Frequencies at which nothing is kept are skipped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ from spectriton.ops._planes import (
     resolve_workspace,
     row_chunks,
 )
+from spectriton.ops._remade import made_once, will_ask
 from spectriton.ops.spatial_relu import remake_relu
 from spectriton.ops.spectral_batch_norm import remake
 from spectriton.packed import Layout, PackedSpectrum, layout, most_kept, value_dtype_name
@@ -110,6 +111,7 @@ class _Walk:
         inputs: the fields of the packed inputs, see :data:`_Inputs`.
         dtype: real precision of the computation.
         kept_out: coefficients kept in the output, where it is there already.
+        active: whether there is an activation.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class _Walk:
         inputs: _Inputs,
         dtype: torch.dtype,
         kept_out: int | None = None,
+        active: bool = True,
     ) -> None:
         batch, height, width = settings.shape
         device = weight.device
@@ -140,15 +143,19 @@ class _Walk:
         self._workspace = resolve_workspace(settings.workspace, device)
         item, fold = 2 * dtype.itemsize, self.stride[0] * self.stride[1]
         # Each coefficient of a chunk stands there once; one that is kept takes its position (8 bytes) and a few values
-        # on its way: read from the input; activated and stored in forward; derived and scaled in backward.
+        # on its way: read from the input; activated and stored in forward; derived and scaled in backward. Bit by bit
+        # it goes from one place to the other.
+        by_bits = self.primitives.by_bits(dtype) and self.folds is None
         share, of_inputs = 0.0, 0.0
         for source in self.sources:
             sizes = source.sizes
             share = max(share, source.kept / max(1, sizes.frequencies * sizes.row))
-            of_inputs += fold * (item + share * (8 + 2 * item)) * sizes.padded_row
+            of_inputs += fold * (item + share * (0 if by_bits else 8 + 2 * item)) * sizes.padded_row
         if kept_out is None:
             # About as many kept as in the input, at a guess; but no fewer than a quarter.
-            per_output = item + 1 + max(share, 0.25) * (8 + 3 * item)
+            per_output = item + 1 + max(share, 0.25) * (2 * item if by_bits and not active else 8 + 3 * item)
+        elif by_bits and not active:
+            per_output = item
         else:
             per_output = item + kept_out / max(1, outputs.frequencies * outputs.row) * (16 + 6 * item)
         taps = fold * 3 * item * weight[:, :, 0, 0].numel()  # weights, their gradient or embedding
@@ -189,7 +196,8 @@ class _Walk:
 
     def weights(self, basis: Tensor) -> Tensor:
         """The kernel spectrum of a chunk, ``(A, Fc, ...)``, for the products."""
-        return self.mixing.weights(basis.flatten(0, 1)).unflatten(0, basis.shape[:2])
+        weights = self.mixing.weights(basis.flatten(0, 1))
+        return weights.view(*basis.shape[:2], *weights.shape[1:])
 
     def read(self, source: _Source, part: slice, buffer: Tensor) -> tuple[Tensor, Tensor | slice, RowPattern | None]:
         """What folds onto a chunk: pairs ``(A, Fc, P, 2)``, their frequencies ``(A * Fc,)`` and their pattern."""
@@ -199,7 +207,7 @@ class _Walk:
         pattern = self.primitives.row_pattern(*source.fields[2:], rows, 0, tiles, source.index)
         self.primitives.unpack_rows(*source.fields, rows, 0, tiles, x, pattern)
         self.conjugate(x, part)
-        return x.unflatten(0, (-1, count)), rows, pattern
+        return x.view(-1, count, *x.shape[1:]), rows, pattern
 
     def conjugate(self, x: Tensor, part: slice) -> None:
         """Conjugates, in place, what folds as its conjugate: pairs ``(A * Fc, P, 2)``."""
@@ -237,7 +245,8 @@ class _Walk:
 
 def _channels(buffer: Tensor, sizes: Layout) -> Tensor:
     """Pairs ``(Fc, P, 2)`` as ``(Fc, B, C, 2)``, padding left out."""
-    return buffer[:, : sizes.row].unflatten(1, (sizes.batch, sizes.channels))
+    # A view by hand: unflatten() is written in Python, and takes several times as long.
+    return buffer[:, : sizes.row].view(buffer.shape[0], sizes.batch, sizes.channels, 2)
 
 
 def _filled_rows(bitmap: Tensor, index: TileIndex | None) -> int:
@@ -317,7 +326,7 @@ def _spec_block(
     """
     dtype = edges[0].dtype
     settings = _Settings(shape, channels, stride, (dilation[0], dilation[1]), groups, workspace)
-    walk = _Walk(settings, weight, (values, scales, bitmaps, offsets), dtype)
+    walk = _Walk(settings, weight, (values, scales, bitmaps, offsets), dtype, active=kind != "identity")
     rows = walk.outputs.frequencies
     if threshold > 0 or density >= 0:
         # Where nothing comes in nothing goes out, and zero is below any threshold; the bias needs frequency zero.
@@ -396,7 +405,8 @@ def _spec_block_backward(
     """Gradients for the packed inputs (in their own patterns), the taps, the bias and the scale of the activation."""
     dtype = grad.dtype
     settings = _Settings(shape, channels, stride, (dilation[0], dilation[1]), groups, workspace)
-    walk = _Walk(settings, weight, (values, scales, bitmaps, offsets), dtype, out_values.shape[0])
+    inputs = (values, scales, bitmaps, offsets)
+    walk = _Walk(settings, weight, inputs, dtype, out_values.shape[0], active=kind != "identity")
     primitives, mixing = walk.primitives, walk.mixing
     out_packed = (out_values, out_scales, out_bitmap, out_offsets)
     out_index = primitives.tile_index(out_bitmap, out_offsets)
@@ -480,6 +490,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
     made = [kind != "" for kind in ctx.origin_kinds]
     kept = ([None if again else t for t, again in zip(field, made, strict=True)] for field in (values, scales))
     fields = [*kept, bitmaps, offsets]
+    for kind, bitmap in zip(ctx.origin_kinds, bitmaps, strict=True):
+        if kind == "relu":
+            will_ask(bitmap)
     # Without an activation backward looks at the pattern of the output only.
     made_values = (None, None) if inputs[13] == "identity" else output[1:3]
     out_packed = (*made_values, *output[3:])
@@ -504,7 +517,9 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
             settings = (kind, eps, workspace)
             pattern = (bitmaps[i], offsets[i])
             if kind == "relu":
-                values[i], scales[i] = remake_relu(tensors, *pattern, settings, shape, ctx.kept[i], grad.dtype)
+                made = partial(remake_relu, tensors, *pattern, settings, shape, ctx.kept[i], grad.dtype)
+                room = resolve_workspace(workspace, grad.device) // 2
+                values[i], scales[i] = made_once(bitmaps[i], made, room)
             else:
                 values[i], scales[i] = remake(tensors, *pattern, settings, shape, grad.dtype)
     need = ctx.needs_input_grad[0]

@@ -180,13 +180,14 @@ class _Walk:
         shape: ``[B, C, H, W]``.
         dtype: real precision of the numbers.
         kept: coefficients kept.
-        arrays: how many arrays of the numbers of a chunk there are at a time.
+        arrays: how many arrays of the numbers of a chunk there are at a time; and where a backend reads stored values
+            and gradients where they are.
         workspace: in bytes, 0 for the default.
     """
 
     def __init__(
-        self, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype, kept: int, arrays: int,
-        workspace: int,
+        self, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype, kept: int,
+        arrays: tuple[int, int], workspace: int,
     ) -> None:  # fmt: skip
         self.bitmap, self.offsets, self.dtype = bitmap, offsets, dtype
         self.sizes = sizes = layout(shape)
@@ -196,12 +197,14 @@ class _Walk:
         self._chunk: type[_Chunk] = _Chunk if self.index is None else _KeptChunk
         if self.index is None:
             rows = rows_to_visit(bitmap)
-            per_row = row_bytes(sizes, dtype, kept, arrays)
+            per_row = row_bytes(sizes, dtype, kept, arrays[0])
         else:
             rows = torch.from_numpy(np.flatnonzero(self.index.counts.any(1))).to(bitmap.device)
             # Mask and tables are dense; beside the numbers stand their places.
             share = kept / max(1, rows.numel() * sizes.padded_row)
-            per_row = int(sizes.padded_row * (1 + 2 * dtype.itemsize + share * (16 + 2 * arrays * dtype.itemsize)))
+            per_row = int(sizes.padded_row * (1 + 2 * dtype.itemsize + share * (16 + 2 * arrays[0] * dtype.itemsize)))
+            if self.primitives.by_bits(dtype) and self.index.ordered:
+                per_row = int(sizes.padded_row * share * 2 * arrays[1] * dtype.itemsize)
         at_once = max(1, resolve_workspace(workspace, bitmap.device) // max(1, per_row))
         self._parts: Sequence[Tensor] = rows.split(at_once) if rows.numel() else ()
         self._kept: KeptRows | None = None
@@ -256,7 +259,7 @@ def _map_statistics(
     edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``(C,)`` of the maps."""
-    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 2, workspace)
+    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], (2, 0), workspace)
     zero_mean = values.new_zeros(walk.sizes.channels, dtype=torch.float64)
     power = torch.zeros_like(zero_mean)
     for chunk in walk:
@@ -340,7 +343,8 @@ def _spectral_batch_norm(
 
     ``batch_statistics`` says for backward that mean and variance ``(C,)`` are those of the input.
     """
-    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], 3 if kind == "identity" else 6, workspace)
+    arrays = (3, 2) if kind == "identity" else (6, 6)
+    walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], arrays, workspace)
     affine = _Affine(walk, weight, bias, mean, var, eps)
     scale = None if activation_scale is None else walk.per_place(activation_scale)
     out_values, out_scales = torch.empty_like(values), torch.zeros_like(scales)
@@ -401,7 +405,7 @@ def norm_gradients(
     two terms are those of the batch's statistics. To ``overwrite`` is to write the first gradient over ``grad``.
     """
     active = kind != "identity"
-    walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], 9 if active else 5, workspace)
+    walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], (9, 9) if active else (5, 0), workspace)
     grad = grad.contiguous()
     affine = _Affine(walk, weight, bias, mean, var, eps)
     scale = None if activation_scale is None else walk.per_place(activation_scale)

@@ -119,18 +119,24 @@ INLINE __m512 expand_wide(const uint8_t *source, uint8_t bits, int format)
 #endif
 }
 
+/* Times `scale`, in the formats that have one. */
+INLINE __m512 expand_scaled(const uint8_t *source, uint8_t bits, int format, float scale)
+{
+    const __m512 pairs = expand_wide(source, bits, format);
+    if (format < INT8)
+        return pairs;
+    /* Zero stays zero where the scale is not a number. */
+    const __m512 scaled = _mm512_mul_ps(pairs, _mm512_set1_ps(scale));
+    return _mm512_castpd_ps(_mm512_maskz_mov_pd(bits, _mm512_castps_pd(scaled)));
+}
+
 #endif
 
 /* Writes eight pairs: the stored ones at the places whose bits are set, times `scale`, zero elsewhere. */
 INLINE void expand(const uint8_t *source, uint8_t bits, int format, float scale, float *out)
 {
 #if WIDE
-    __m512 pairs = expand_wide(source, bits, format);
-    if (format >= INT8) { /* zero stays zero where the scale is not a number */
-        const __m512 scaled = _mm512_mul_ps(pairs, _mm512_set1_ps(scale));
-        pairs = _mm512_castpd_ps(_mm512_maskz_mov_pd(bits, _mm512_castps_pd(scaled)));
-    }
-    _mm512_storeu_ps(out, pairs);
+    _mm512_storeu_ps(out, expand_scaled(source, bits, format, scale));
 #else
     memset(out, 0, 16 * sizeof(float));
     for (unsigned left = bits; left; left &= left - 1, source += stored_bytes(format)) {
@@ -144,18 +150,29 @@ INLINE void expand(const uint8_t *source, uint8_t bits, int format, float scale,
 #endif
 }
 
+#if WIDE
+
+/* What `compress` does, of pairs that are loaded. */
+INLINE int compress_wide(__m512 pairs, uint8_t bits, float *out)
+{
+    const int count = __builtin_popcount(bits);
+    _mm512_mask_storeu_pd(out, (1u << count) - 1, _mm512_maskz_compress_pd(bits, _mm512_castps_pd(pairs)));
+    return count;
+}
+
+#endif
+
 /* Writes those of eight pairs whose bits are set, one after the other; returns how many. */
 INLINE int compress(const float *pairs, uint8_t bits, float *out)
 {
-    const int count = __builtin_popcount(bits);
 #if WIDE
-    const __m512d kept = _mm512_maskz_compress_pd(bits, _mm512_castps_pd(_mm512_loadu_ps(pairs)));
-    _mm512_mask_storeu_pd(out, (1u << count) - 1, kept);
+    return compress_wide(_mm512_loadu_ps(pairs), bits, out);
 #else
+    const int count = __builtin_popcount(bits);
     for (unsigned left = bits; left; left &= left - 1, out += 2)
         memcpy(out, pairs + 2 * __builtin_ctz(left), 2 * sizeof(float));
-#endif
     return count;
+#endif
 }
 
 INLINE int64_t count_bits(const uint8_t *bitmap, int64_t bytes)

@@ -324,6 +324,43 @@ INLINE int kept_of_block(const Part *part, int64_t i, int64_t p, const uint8_t *
     return 0;
 }
 
+/* Eight stored pairs, times `scale` and `factor`, real and imaginary parts apart. */
+INLINE void expand_apart(const uint8_t *source, uint8_t bits, int format, float scale, float factor, float *real,
+                         float *imaginary)
+{
+#if WIDE
+    const __m512 pairs = _mm512_mul_ps(expand_scaled(source, bits, format, scale), _mm512_set1_ps(factor));
+    const __m512i order = _mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512 apart = _mm512_permutexvar_ps(order, pairs);
+    _mm256_storeu_ps(real, _mm512_castps512_ps256(apart));
+    _mm256_storeu_ps(imaginary, _mm512_extractf32x8_ps(apart, 1));
+#else
+    float pairs[16];
+    expand(source, bits, format, scale, pairs);
+    for (int k = 0; k < 8; k++) {
+        real[k] = pairs[2 * k] * factor;
+        imaginary[k] = pairs[2 * k + 1] * factor;
+    }
+#endif
+}
+
+/* Writes those of eight pairs whose bits are set, times `factor`; returns how many. */
+INLINE int compress_apart(const float *real, const float *imaginary, float factor, uint8_t bits, float *out)
+{
+#if WIDE
+    const __m512i order = _mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+    const __m512 apart = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(real)), _mm256_loadu_ps(imaginary), 1);
+    return compress_wide(_mm512_mul_ps(_mm512_permutexvar_ps(order, apart), _mm512_set1_ps(factor)), bits, out);
+#else
+    float pairs[16];
+    for (int k = 0; k < 8; k++) {
+        pairs[2 * k] = real[k] * factor;
+        pairs[2 * k + 1] = imaginary[k] * factor;
+    }
+    return compress(pairs, bits, out);
+#endif
+}
+
 INLINE int unpack_maps_as(const Part *part, const Plan *by, const uint8_t *values, const float *scales,
                           const int64_t *places, const float *factors, float *maps, int threads, int format)
 {
@@ -344,13 +381,8 @@ INLINE int unpack_maps_as(const Part *part, const Plan *by, const uint8_t *value
             const uint8_t *source = values + start * stored_bytes(format);
             float *real = (float *)(parts + places[row]), *imaginary = (float *)(parts + places[row] + by->columns);
             for (int j = 0; j < LANES / 8; j++, real += 8, imaginary += 8) {
-                float pairs[16];
-                expand(source, bits[j], format, scale, pairs);
+                expand_apart(source, bits[j], format, scale, factors[row], real, imaginary);
                 source += __builtin_popcount(bits[j]) * stored_bytes(format);
-                for (int k = 0; k < 8; k++) {
-                    real[k] = pairs[2 * k] * factors[row];
-                    imaginary[k] = pairs[2 * k + 1] * factors[row];
-                }
             }
         }
         maps_of_planes(by, parts, p, maps);
@@ -364,15 +396,6 @@ int unpack_maps(const Part *part, const Plan *by, const uint8_t *values, int64_t
                 const int64_t *places, const float *factors, float *maps, int64_t threads)
 {
     BY_FORMAT(unpack_maps_as, part, by, values, scales, places, factors, maps, threads)
-}
-
-/* Eight pairs of a part and the one that belongs to it. */
-INLINE void join(const float *real, const float *imaginary, float factor, float *pairs)
-{
-    for (int k = 0; k < 8; k++) {
-        pairs[2 * k] = real[k] * factor;
-        pairs[2 * k + 1] = imaginary[k] * factor;
-    }
 }
 
 /* The adjoint: writes pairs where the pattern keeps them. */
@@ -393,11 +416,8 @@ int gather_maps(const Part *part, const Plan *by, const float *maps, const int64
                 continue;
             const float *real = (float *)(parts + places[row]), *imaginary = (float *)(parts + places[row] + by->columns);
             float *target = out + 2 * start;
-            for (int j = 0; j < LANES / 8; j++) {
-                float pairs[16];
-                join(real + 8 * j, imaginary + 8 * j, factors[row], pairs);
-                target += 2 * compress(pairs, bits[j], target);
-            }
+            for (int j = 0; j < LANES / 8; j++)
+                target += 2 * compress_apart(real + 8 * j, imaginary + 8 * j, factors[row], bits[j], target);
         }
     }
     return missing;
