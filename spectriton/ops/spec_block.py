@@ -146,11 +146,12 @@ class _Walk:
         # on its way: read from the input; activated and stored in forward; derived and scaled in backward. Bit by bit
         # it goes from one place to the other.
         by_bits = self.primitives.by_bits(dtype) and self.folds is None
+        conjugated = 0 if kept_out is None else item  # a copy, for the gradient of the taps
         share, of_inputs = 0.0, 0.0
         for source in self.sources:
             sizes = source.sizes
             share = max(share, source.kept / max(1, sizes.frequencies * sizes.row))
-            of_inputs += fold * (item + share * (0 if by_bits else 8 + 2 * item)) * sizes.padded_row
+            of_inputs += fold * (item + (conjugated if by_bits else share * (8 + 2 * item))) * sizes.padded_row
         if kept_out is None:
             # About as many kept as in the input, at a guess; but no fewer than a quarter.
             per_output = item + 1 + max(share, 0.25) * (2 * item if by_bits and not active else 8 + 3 * item)

@@ -115,3 +115,26 @@ def test_transforms_are_bounded_beside_their_maps():
     sizes, peak, numpys = allocations(lambda: ops.to_spatial(made[0], workspace=WORKSPACE))
     assert [size for size in sizes if size > WORKSPACE and size != DENSE] == []
     assert peak + numpys <= DENSE + 2 * WORKSPACE + SLACK
+
+
+def test_maps_between_blocks_are_bounded():
+    """Batch norm and ReLU of the maps, and a block without an activation, both ways."""
+    packed = ops.to_spectral(smooth_maps()[:64], density=0.3, workspace=WORKSPACE)
+    weight = torch.randn(16, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(2)) / 24
+    rule = {"density": 0.3, "workspace": WORKSPACE}
+    made: list[PackedSpectrum] = []
+
+    for run in (
+        lambda x: ops.batch_norm_relu(x, training=True, **rule)[0],
+        lambda x: ops.batch_norm_relu(x, training=True, kernel_size=2, **rule)[0],
+        lambda x: ops.spec_block(x, weight, activation="identity", threshold=0.5, workspace=WORKSPACE),
+    ):
+        made.clear()
+        entry = packed.detach().requires_grad_()
+        _, peak, numpys = allocations(lambda run=run, entry=entry: made.append(run(entry)))
+        bits = 2 * packed.shape.numel() // 8  # signs, and where maxima stand
+        assert peak + numpys <= 2 * made[0].nbytes + bits + WORKSPACE + SLACK
+        edge, grad = made[0].edge, torch.ones(made[0].kept, 2)
+        leaves = (edge, entry.edge, grad)
+        _, peak, numpys = allocations(lambda leaves=leaves: torch.autograd.grad(*leaves))
+        assert peak + numpys <= 8 * packed.kept + WORKSPACE + weight.nbytes + SLACK
