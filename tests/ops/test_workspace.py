@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectriton import PackedSpectrum, memory, ops
+from spectriton._backend import backend_name
 
 WORKSPACE = 4 << 20
 BATCH, CHANNELS, SIZE, BLOCKS = 256, 64, 32, 4
@@ -123,7 +124,8 @@ def test_maps_between_blocks_are_bounded():
     weight = torch.randn(16, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(2)) / 24
     rule = {"density": 0.3, "workspace": WORKSPACE}
     made: list[PackedSpectrum] = []
-
+    # NumPy and torch make copies within their functions that the plain reference does not count.
+    room = WORKSPACE if backend_name(torch.device("cpu")) == "native" else 2 * WORKSPACE
     for run in (
         lambda x: ops.batch_norm_relu(x, training=True, **rule)[0],
         lambda x: ops.batch_norm_relu(x, training=True, kernel_size=2, **rule)[0],
@@ -133,8 +135,8 @@ def test_maps_between_blocks_are_bounded():
         entry = packed.detach().requires_grad_()
         _, peak, numpys = allocations(lambda run=run, entry=entry: made.append(run(entry)))
         bits = 2 * packed.shape.numel() // 8  # signs, and where maxima stand
-        assert peak + numpys <= 2 * made[0].nbytes + bits + WORKSPACE + SLACK
+        assert peak + numpys <= 2 * made[0].nbytes + bits + room + SLACK
         edge, grad = made[0].edge, torch.ones(made[0].kept, 2)
         leaves = (edge, entry.edge, grad)
         _, peak, numpys = allocations(lambda leaves=leaves: torch.autograd.grad(*leaves))
-        assert peak + numpys <= 8 * packed.kept + WORKSPACE + weight.nbytes + SLACK
+        assert peak + numpys <= 8 * packed.kept + room + weight.nbytes + SLACK
