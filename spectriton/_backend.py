@@ -134,6 +134,10 @@ class Backend:
     combine_kept = staticmethod(kept.combine_kept)
     store_kept = staticmethod(kept.store_kept)
 
+    def fit_blocks(self, x: Tensor, layout: block_codec.BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`spectriton.reference.block_codec.fit`; means are those of :meth:`channel_means`."""
+        return block_codec.fit(x, layout, workspace, self.channel_means(x, layout))
+
     def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
         """How blocks are coded, from what is stored beside the records. On a GPU the host does not wait for it."""
         return block_codec.make_plan(stored, layout, compact=stored[0].device.type == "cpu")

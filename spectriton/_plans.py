@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from spectriton._backend import backend
-from spectriton.reference import block_codec
 from spectriton.reference.block_codec import BlockLayout, Plan
 
 __all__ = ["KeptPlan", "Place", "Plans", "in_backward"]
@@ -49,7 +48,7 @@ class KeptPlan:
     def __init__(self, x: Tensor, layout: BlockLayout, workspace: int, before: KeptPlan | None) -> None:
         self.layout = layout
         self._runs = backend(x.device)
-        scales, basis, spectrum = block_codec.fit(x, layout, workspace, self._runs.channel_means(x, layout))
+        scales, basis, spectrum = self._runs.fit_blocks(x, layout, workspace)
         if before is not None:
             finite = torch.isfinite(scales.sum())
             scales = torch.where(finite, scales, before._scales)

@@ -442,7 +442,7 @@ class BlockCodec(Codec):
         layout, workspace = self._layout(x), workspace_bytes(self.workspace, x.device)
         runs = backend(x.device)
         if self.kept is None:
-            stored = block_codec.fit(x, layout, workspace, runs.channel_means(x, layout))
+            stored = runs.fit_blocks(x, layout, workspace)
             plan = runs.block_plan(stored, layout)
         else:
             stored, plan = self.kept.of_maps(x)

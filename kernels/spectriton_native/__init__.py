@@ -17,6 +17,7 @@ from spectriton_native.dense import (
     rectify_again,
     spread_maxima,
 )
+from spectriton_native.fit import Classes, fit_blocks, plan_blocks
 from spectriton_native.kept import combine_kept, sum_kept
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_parts, expand_planes, gather_parts, rows_of_parts
@@ -39,6 +40,7 @@ from spectriton_native.transform import LARGEST_SIDE, maps_of_parts, parts_of_ma
 
 __all__ = [
     "LARGEST_SIDE",
+    "Classes",
     "Coding",
     "Part",
     "Pooling",
@@ -52,6 +54,7 @@ __all__ = [
     "expand_parts",
     "expand_planes",
     "expand_rows",
+    "fit_blocks",
     "gather_channels",
     "gather_parts",
     "gather_rows",
@@ -60,6 +63,7 @@ __all__ = [
     "move_runs",
     "parts_of_maps",
     "place_values",
+    "plan_blocks",
     "pool_across",
     "pool_maxima",
     "pool_maxima_again",
