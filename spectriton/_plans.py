@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectriton._backend import backend
-from spectriton.reference.block_codec import BlockLayout, Plan
+from spectriton.reference.block_codec import BlockLayout, Plan, Transform
 
 __all__ = ["KeptPlan", "Place", "Plans", "in_backward"]
 
@@ -76,7 +76,8 @@ class KeptPlan:
         return self._with_means(scales) if own and self._runs is backend(scales.device) else None
 
     def _with_means(self, scales: Tensor) -> Plan:
-        return self._plan._replace(change=self._plan.change._replace(mean=scales[: self.layout.shape[1]]))
+        mean = scales[: self.layout.shape[1]]
+        return Plan(Transform(mean, *self._plan.change[1:]), *self._plan[1:])
 
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds, but for constants that others hold too."""
