@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spectriton.codec import plainly
+
 if TYPE_CHECKING:
     from spectriton.codec import Codec, Encoded
 
@@ -308,7 +310,8 @@ def recipe_of(x: Tensor, codec: Codec, module: nn.Module, *, overwritten: bool =
         return Exact(x.detach().clone() if overwritten else x if x.is_leaf else x.detach())
     small = x.shape[-2] * x.shape[-1] < SMALLEST_MAP
     codec = codec.for_small_maps() if small else codec.for_module(module)
-    stored = Stored(codec.encode(x))
+    with plainly(x.device):
+        stored = Stored(codec.encode(x.detach()))
     leave_note(x, stored)
     return stored
 
