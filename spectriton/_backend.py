@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ from spectriton.reference.unpack import read_values, take_values
 
 BACKENDS = ("auto", "triton", "native", "reference")
 _MIB = 1 << 20
+# The environment as Python keeps it: to find that something is not set takes a tenth of the time there, and a training
+# step asks hundreds of times.
+_variables: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_SETTINGS = {name: os.environ.encodekey(name) for name in ("SPECTRITON_BACKEND", "SPECTRITON_WORKSPACE_MIB")}
+
+
+def _setting(name: str) -> str | None:
+    return os.environ[name] if _SETTINGS[name] in _variables else None
 
 
 def backend_name(device: torch.device) -> str:
@@ -34,7 +43,8 @@ def backend_name(device: torch.device) -> str:
         ValueError: ``SPECTRITON_BACKEND`` is set to something else than one of :data:`BACKENDS`, to ``triton`` for the
             CPU without the interpreter, or to ``native`` where nothing could be compiled.
     """
-    choice = os.environ.get("SPECTRITON_BACKEND", "auto")
+    setting = _setting("SPECTRITON_BACKEND")
+    choice = "auto" if setting is None else setting
     if choice not in BACKENDS:
         raise ValueError(
             f"spectriton: SPECTRITON_BACKEND got {choice!r}, expected one of {', '.join(BACKENDS)}; "
@@ -72,7 +82,7 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
     """
     if workspace is not None:
         return workspace
-    setting = os.environ.get("SPECTRITON_WORKSPACE_MIB")
+    setting = _setting("SPECTRITON_WORKSPACE_MIB")
     if setting is None:
         return (4 if device.type == "cpu" else 64) * _MIB
     try:
@@ -128,6 +138,10 @@ class Backend:
     scale_kept = staticmethod(kept.scale_kept)
     combine_kept = staticmethod(kept.combine_kept)
     store_kept = staticmethod(kept.store_kept)
+
+    def fit_blocks(self, x: Tensor, layout: block_codec.BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`spectriton.reference.block_codec.fit`; means are those of :meth:`channel_means`."""
+        return block_codec.fit(x, layout, workspace, self.channel_means(x, layout))
 
     def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
         """How blocks are coded, from what is stored beside the records. On a GPU the host does not wait for it."""

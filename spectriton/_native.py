@@ -27,7 +27,7 @@ from spectriton.reference import (
     block_codec,
     max_pool,
 )
-from spectriton.reference.block_codec import BlockLayout, Plan
+from spectriton.reference.block_codec import BlockLayout, Plan, Transform
 from spectriton.reference.kept import KeptRows
 from spectriton.reference.max_pool import Window
 from spectriton.reference.rebuild import Statistics, rebuild
@@ -447,27 +447,39 @@ class NativeBackend(Backend):
             numbers, scales[kept.rows] = _quantised(numbers.contiguous(), starts, values.dtype)
         values[kept.slots] = numbers
 
+    def fit_blocks(self, x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As the reference's, in three passes over the sample."""
+        sample, sampled = block_codec.sample_of(x, layout)
+        dct, mean = block_codec.dct_matrices(layout.edges, x.device), self.channel_means(x, layout)
+        return native.fit_blocks(sampled, _classes(), dct, block_codec.ROUNDS, sample, mean)
+
     def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: BlockLayout) -> Plan:
-        """Of all rows: the functions pass over those without bits."""
-        return block_codec.make_plan(stored, layout, compact=False)
+        """Of all rows: the functions pass over those without bits. What they do not take is left out."""
+        scales, basis, spectrum = (t.contiguous() for t in stored)
+        inverse, bits, deviation, rows = native.plan_blocks(layout, _classes(), scales, basis, spectrum)
+        mean, scale, _ = scales.tensor_split((inverse.numel(), 2 * inverse.numel()))
+        none, cpu = torch.empty(0, dtype=torch.int64), scales.device
+        change = Transform(mean, inverse, scale, None, block_codec.dct_matrix(layout.edges, cpu))
+        constants = block_codec.quantiser_levels(cpu), block_codec.compander_factors(cpu), block_codec.RATE
+        dct = block_codec.dct_matrices(layout.edges, cpu)
+        tables = BlockTables(bits, deviation, rows, native.Coding.of(layout, rows, bits, deviation, dct, *constants))
+        return Plan(change, none, none, none, deviation, encoding=tables, decoding=tables)
 
     def ready_plan(self, plan: Plan, layout: BlockLayout) -> Plan:
-        """As the reference's; of what the functions do not take nothing stays."""
-        none, tables = plan.rows.new_empty(0), _block_tables(plan, layout)
-        change = plan.change._replace(basis=None)
-        return plan._replace(change=change, rows=none, width=none, start=none, encoding=tables, decoding=tables)
+        """It is."""
+        return plan
 
     def encode_blocks(self, x: Tensor, layout: BlockLayout, plan: Plan, seed: Tensor | None, workspace: int) -> Tensor:
         """As the reference's, sixteen blocks at a time on each thread."""
         key = None if seed is None else noise_key(seed)
         records = torch.empty(layout.blocks, layout.record, dtype=torch.uint8)
-        change, coding = plan.change, _coding(plan, layout)
+        change, coding = plan.change, plan.encoding.coding
         native.encode_blocks(coding, x, change.mean.contiguous(), change.inverse.contiguous(), key, records)
         return records
 
     def decode_blocks(self, records: Tensor, layout: BlockLayout, plan: Plan, out: Tensor, workspace: int) -> Tensor:
         """As the reference's, likewise."""
-        change, coding = plan.change, _coding(plan, layout)
+        change, coding = plan.change, plan.decoding.coding
         native.decode_blocks(coding, out, change.mean.contiguous(), change.scale.contiguous(), records.contiguous())
         return out
 
@@ -602,18 +614,11 @@ class BlockTables(NamedTuple):
     coding: native.Coding
 
 
-def _block_tables(plan: Plan, layout: BlockLayout) -> BlockTables:
-    basis, cpu = plan.change.basis, plan.deviation.device
-    tables = plan.width.to(torch.uint8), plan.deviation, None if basis is None else basis.mT.contiguous()
-    bits, deviation, rows = tables
-    constants = block_codec.quantiser_levels(cpu), block_codec.compander_factors(cpu), block_codec.RATE
-    dct = block_codec.dct_matrices(layout.edges, cpu)
-    return BlockTables(*tables, native.Coding.of(layout, rows, bits, deviation, dct, *constants))
-
-
-def _coding(plan: Plan, layout: BlockLayout) -> native.Coding:
-    coding: native.Coding = (plan.encoding or _block_tables(plan, layout)).coding
-    return coding
+@lru_cache(maxsize=1)
+def _classes() -> native.Classes:
+    widths = torch.tensor(block_codec.CLASS_WIDTHS, dtype=torch.uint8)
+    edges, variance = torch.tensor(block_codec.CLASS_EDGES), torch.tensor(block_codec.CLASS_VARIANCE)
+    return native.Classes.of(edges, variance, widths, block_codec.HEADROOM, block_codec.NOTHING)
 
 
 def _takes(dense: Tensor, *others: Tensor) -> bool:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectriton._backend import backend
-from spectriton.reference import block_codec
-from spectriton.reference.block_codec import BlockLayout, Plan
+from spectriton.reference.block_codec import BlockLayout, Plan, Transform
 
 __all__ = ["KeptPlan", "Place", "Plans", "in_backward"]
 
@@ -49,7 +48,7 @@ class KeptPlan:
     def __init__(self, x: Tensor, layout: BlockLayout, workspace: int, before: KeptPlan | None) -> None:
         self.layout = layout
         self._runs = backend(x.device)
-        scales, basis, spectrum = block_codec.fit(x, layout, workspace, self._runs.channel_means(x, layout))
+        scales, basis, spectrum = self._runs.fit_blocks(x, layout, workspace)
         if before is not None:
             finite = torch.isfinite(scales.sum())
             scales = torch.where(finite, scales, before._scales)
@@ -77,7 +76,8 @@ class KeptPlan:
         return self._with_means(scales) if own and self._runs is backend(scales.device) else None
 
     def _with_means(self, scales: Tensor) -> Plan:
-        return self._plan._replace(change=self._plan.change._replace(mean=scales[: self.layout.shape[1]]))
+        mean = scales[: self.layout.shape[1]]
+        return Plan(Transform(mean, *self._plan.change[1:]), *self._plan[1:])
 
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds, but for constants that others hold too."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,10 @@ from spectriton.packed import PackedSpectrum, make_edge
 from spectriton.reference import block_codec
 
 __all__ = ["Allotment", "BlockCodec", "CastCodec", "Codec", "Encoded", "QuantiseCodec", "SpectrumCodec", "make_codec"]
+
+
+# What takes its place needs no object of its own.
+_AS_IT_IS = nullcontext()
 
 
 class Encoded:
@@ -83,7 +87,7 @@ class Encoded:
             device=self.tensors[0].device,
             memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
         )
-        with torch.no_grad(), without_autocast(out.device):
+        with plainly(out.device):
             self.codec._decode(self.tensors, out)
         return out
 
@@ -114,7 +118,7 @@ class Codec:
         check_real_maps(name, "x", x)
         check_seed(name, seed)
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), without_autocast(x.device):
+        with plainly(x.device):
             codec = self.for_maps(x)
             return Encoded(codec, codec._encode(x.detach(), seed), x.shape, x.dtype, channels_last)
 
@@ -418,7 +422,7 @@ class BlockCodec(Codec):
         return replace(self, allotment=Allotment(), plans=Plans(self.refresh) if self.refresh > 1 else None)
 
     def for_module(self, module: nn.Module) -> Codec:
-        return self if self.plans is None else replace(self, place=self.plans.place(module))
+        return self if self.plans is None else self._with(place=self.plans.place(module))
 
     def for_maps(self, x: Tensor) -> Codec:
         changed: dict[str, Any] = {}
@@ -431,7 +435,13 @@ class BlockCodec(Codec):
             layout = block_codec.block_layout(tuple(x.shape), self.density * bits, self.mix)
             kept = self.place.plan(x, layout, workspace_bytes(self.workspace, x.device))
             changed |= {"place": None, "kept": kept}
-        return replace(self, **changed) if changed else self
+        return self._with(**changed) if changed else self
+
+    def _with(self, **changed: Any) -> BlockCodec:
+        """A copy with other settings, which need no check: there is one for all maps of every step."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, **changed)
+        return copy
 
     def _layout(self, maps: Tensor) -> block_codec.BlockLayout:
         return block_codec.block_layout(tuple(maps.shape), self.density * self.bits, self.mix)
@@ -442,7 +452,7 @@ class BlockCodec(Codec):
         layout, workspace = self._layout(x), workspace_bytes(self.workspace, x.device)
         runs = backend(x.device)
         if self.kept is None:
-            stored = block_codec.fit(x, layout, workspace, runs.channel_means(x, layout))
+            stored = runs.fit_blocks(x, layout, workspace)
             plan = runs.block_plan(stored, layout)
         else:
             stored, plan = self.kept.of_maps(x)
@@ -563,4 +573,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off on a device: codecs choose their own precision."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
+
+
+@contextmanager
+def _both_off(device: torch.device) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def plainly(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off on a device, and no graph is made."""
+    if not torch.is_grad_enabled():
+        return without_autocast(device)
+    return _both_off(device) if torch.is_autocast_enabled(device.type) else torch.no_grad()

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spectriton
 from spectriton import _plans, memory
+from spectriton._backend import Backend, backend
 from spectriton._plans import MOST_USES, KeptPlan, Place, Plans, is_due
 from spectriton.codec import BlockCodec, Encoded, make_codec
 from spectriton.compression import gradient_report
@@ -49,18 +50,19 @@ def doubling(use: int, refresh: int) -> bool:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was made from here on: ``"statistics"`` and ``"tables"``."""
     found: list[str] = []
-    fit, make_plan = block_codec.fit, block_codec.make_plan
+    runs = type(backend(torch.device("cpu")))
+    fit, plan = runs.fit_blocks, runs.block_plan
 
     def noted_fit(*given: Any) -> Any:
         found.append("statistics")
         return fit(*given)
 
-    def noted_plan(*given: Any, **named: Any) -> Any:
+    def noted_plan(*given: Any) -> Any:
         found.append("tables")
-        return make_plan(*given, **named)
+        return plan(*given)
 
-    monkeypatch.setattr(block_codec, "fit", noted_fit)
-    monkeypatch.setattr(block_codec, "make_plan", noted_plan)
+    monkeypatch.setattr(runs, "fit_blocks", noted_fit)
+    monkeypatch.setattr(runs, "block_plan", noted_plan)
     return found
 
 
@@ -322,13 +324,14 @@ def test_what_is_saved_is_what_it_was_and_what_stays_is_small():
 
 def test_no_map_stays(monkeypatch: pytest.MonkeyPatch):
     seen = []
-    fit = block_codec.fit
+    runs = type(backend(torch.device("cpu")))
+    fit = runs.fit_blocks
 
-    def noted(x: Tensor, *given: Any) -> Any:
+    def noted(self: Backend, x: Tensor, *given: Any) -> Any:
         seen.append(weakref.ref(x.untyped_storage()))
-        return fit(x, *given)
+        return fit(self, x, *given)
 
-    monkeypatch.setattr(block_codec, "fit", noted)
+    monkeypatch.setattr(runs, "fit_blocks", noted)
     model = network()
     for number in range(4):
         step(model, images(number))

@@ -18,6 +18,7 @@ from spectriton_native.dense import (
     rectify_again,
     spread_maxima,
 )
+from spectriton_native.fit import Classes, fit_blocks, plan_blocks
 from spectriton_native.kept import combine_kept, sum_kept
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_planes
@@ -40,6 +41,7 @@ from spectriton_native.transform import LARGEST_SIDE, Turns, gather_maps, rows_o
 
 __all__ = [
     "LARGEST_SIDE",
+    "Classes",
     "Coding",
     "Part",
     "Pooling",
@@ -54,12 +56,14 @@ __all__ = [
     "encode_blocks",
     "expand_planes",
     "expand_rows",
+    "fit_blocks",
     "gather_channels",
     "gather_maps",
     "gather_rows",
     "index_tiles",
     "move_runs",
     "place_values",
+    "plan_blocks",
     "pool_across",
     "pool_maxima",
     "pool_maxima_again",

@@ -14,7 +14,8 @@ from spectriton_native.library import function
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
 
 
-_functions: dict[str, Any] = {}
+# With them, which arguments are tensors.
+_functions: dict[str, tuple[Any, list[int]]] = {}
 
 
 def call(name: str, *arguments: Any, result: Any = None) -> Any:
@@ -24,8 +25,16 @@ def call(name: str, *arguments: Any, result: Any = None) -> Any:
     """
     found = _functions.get(name)
     if found is None:
-        found = _functions[name] = function(name, (*map(_kind, arguments), ctypes.c_int64), result)
-    return found(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
+        kinds = [_kind(argument) for argument in arguments]
+        tensors = [i for i, kind in enumerate(kinds) if kind is ctypes.c_void_p]
+        found = _functions[name] = function(name, (*kinds, ctypes.c_int64), result), tensors
+    run, tensors = found
+    given = list(arguments)
+    for i in tensors:
+        tensor = given[i]
+        if tensor is not None:
+            given[i] = tensor.data_ptr()
+    return run(*given, torch.get_num_threads())
 
 
 def forget() -> None:

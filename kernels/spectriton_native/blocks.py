@@ -35,6 +35,14 @@ class Layout(Protocol):
     def blocks(self) -> int: ...
     @property
     def components(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def frequencies(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def separable(self) -> bool: ...
 
 
 class Coding(ctypes.Structure):
@@ -74,20 +82,22 @@ class Coding(ctypes.Structure):
             compander: ``(9,)``, factors by width.
             rate: of the compander.
         """
-        assert max(layout.edges) <= _EDGE, "blocks too large"
         part = layout.mix if basis is not None else min(layout.components, _SEPARATE)
-        held = (basis, bits, deviation, *dct, levels, compander)
+        return Coding._of(layout, part, (basis, bits, deviation, *dct, levels, compander), rate)
+
+    @staticmethod
+    def of_sample(layout: Layout, dct: tuple[Tensor, Tensor]) -> Coding:
+        """The same without what depends on the maps."""
+        part = layout.mix if layout.mix > 1 else min(layout.components, _SEPARATE)
+        return Coding._of(layout, part, (None, None, None, *dct, None, None), 0.0)
+
+    @staticmethod
+    def _of(layout: Layout, part: int, held: tuple[Tensor | None, ...], rate: float) -> Coding:
+        assert max(layout.edges) <= _EDGE, "blocks too large"
         assert all(t is None or t.is_contiguous() for t in held), "tables must be contiguous"
-        coding = Coding(
-            *(None if t is None else t.data_ptr() for t in held),
-            *layout.shape,
-            *layout.edges,
-            *layout.grid,
-            layout.components,
-            part,
-            layout.record,
-            rate,
-        )
+        pointers = (None if t is None else t.data_ptr() for t in held)
+        sizes = (*layout.shape, *layout.edges, *layout.grid, layout.components, part, layout.record)
+        coding = Coding(*pointers, *sizes, rate)
         coding.held = held  # as long as there are pointers to them
         coding.sizes = {}
         return coding

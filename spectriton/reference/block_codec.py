@@ -55,14 +55,14 @@ CLASS_EDGES = (0.0, 0.63, 1.33, 2.04, 2.86, 3.68, 4.57, 5.47, 6.42, 7.36, 8.33, 
 CLASS_WIDTHS = (0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 8, 8)
 #: The variance that each class stands for, log2 over the water level.
 CLASS_VARIANCE = (0.0, 0.32, 0.98, 1.69, 2.45, 3.27, 4.13, 5.02, 5.95, 6.89, 7.85, 8.82, 10.3, 12.3, 14.4, 16.6)
-# A variance this far (log2) above the water level is still within the last class.
-_HEADROOM = 17.0
-# Stands for the logarithm of no variance at all.
-_NOTHING = -1000.0
+#: A variance this far (log2) above the water level is still within the last class.
+HEADROOM = 17.0
+#: Stands for the logarithm of no variance at all.
+NOTHING = -1000.0
 
-# Rounds of orthogonal iteration. More leave the coding gain as it is: components of like variance need no telling
-# apart.
-_ROUNDS = 3
+#: Rounds of orthogonal iteration. More leave the coding gain as it is: components of like variance need no telling
+#: apart.
+ROUNDS = 3
 # At most this share of the budget goes to the basis, and to the classes of rows: where there are few blocks to a
 # channel, a smaller group or a coarser spectrum leaves more for the values.
 _BASIS_SHARE = 1 / 3
@@ -239,6 +239,12 @@ def _without_groups(mean: Tensor, finite: Tensor, layout: BlockLayout) -> Tensor
     return torch.add(mean, finite.sum(1, keepdim=True), alpha=0).view(-1)[:channels]
 
 
+def sample_of(x: Tensor, layout: BlockLayout) -> tuple[Tensor, BlockLayout]:
+    """The images that statistics are taken of, and their layout, with the records of all."""
+    sample = x[:: max(1, layout.blocks // _SAMPLE_BLOCKS)]
+    return sample, layout._replace(shape=(sample.shape[0], *layout.shape[1:]))
+
+
 def fit(x: Tensor, layout: BlockLayout, workspace: int, mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Scales, basis and spectrum to store for maps ``x``; see the head of this file. The device is never waited for.
 
@@ -253,8 +259,7 @@ def fit(x: Tensor, layout: BlockLayout, workspace: int, mean: Tensor | None = No
     channels, groups, mix = x.shape[1], layout.groups, layout.mix
     if mean is None:
         mean = channel_means(x, layout)
-    sample = x[:: max(1, layout.blocks // _SAMPLE_BLOCKS)]
-    sampled = layout._replace(shape=(sample.shape[0], *layout.shape[1:]))
+    sample, sampled = sample_of(x, layout)
     parts = [maps_of(sample, sampled, part) for part in regions(sampled, workspace)]
     count = sample.numel() // channels
     # Over the mean modulus, squares neither overflow nor vanish.
@@ -284,9 +289,9 @@ def fit(x: Tensor, layout: BlockLayout, workspace: int, mean: Tensor | None = No
         spread += torch.linalg.vector_norm(transform(maps, layout, change), dim=-1).square_()
     spread = spread.T / sampled.blocks
 
-    logs = torch.log2(spread).nan_to_num(_NOTHING, _NOTHING, _NOTHING)
+    logs = torch.log2(spread).nan_to_num(NOTHING, NOTHING, NOTHING)
     if layout.separable:
-        by_component = torch.log2(spread.mean(1)).nan_to_num(_NOTHING, _NOTHING, _NOTHING).round().clamp(-100, 27)
+        by_component = torch.log2(spread.mean(1)).nan_to_num(NOTHING, NOTHING, NOTHING).round().clamp(-100, 27)
         by_frequency = torch.log2(spread.mean(0) / spread.mean()).nan_to_num(0, 0, -100).round().clamp(-100, 27)
         spectrum = torch.cat([by_component, by_frequency]).to(torch.int8)
         logs = _separable_logs(spectrum, layout)
@@ -325,7 +330,7 @@ def _components(correlation: Tensor) -> Tensor:
     # Keeps what has no variance from spoiling the rest.
     correlation = correlation + 1e-6 * unit
     basis = unit.expand_as(correlation)
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         basis = torch.linalg.qr(correlation @ basis).Q
     return (127 * basis).round_().to(torch.int8)
 
@@ -353,10 +358,10 @@ def _water_level(logs: Tensor, bits: int) -> Tensor:
     """
     first = tuple(CLASS_EDGES[CLASS_WIDTHS.index(width) - 1] for width in range(1, MAX_WIDTH + 1))
     levels = (logs[:, None] - _table(first, logs.device)).flatten()
-    floor = logs.amax() - _HEADROOM
+    floor = logs.amax() - HEADROOM
     if bits < levels.numel():
         floor = torch.maximum(floor, levels.kthvalue(levels.numel() - bits).values)
-    return floor.clamp_min(_NOTHING / 2)
+    return floor.clamp_min(NOTHING / 2)
 
 
 def _classes(logs: Tensor, level: Tensor) -> Tensor:

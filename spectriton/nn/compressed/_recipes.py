@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spectriton.codec import without_autocast
+from spectriton.codec import plainly
 
 if TYPE_CHECKING:
     from spectriton.codec import Codec, Encoded
@@ -310,7 +310,7 @@ def recipe_of(x: Tensor, codec: Codec, module: nn.Module, *, overwritten: bool =
         return Exact(x.detach().clone() if overwritten else x if x.is_leaf else x.detach())
     small = x.shape[-2] * x.shape[-1] < SMALLEST_MAP
     codec = codec.for_small_maps() if small else codec.for_module(module)
-    with torch.no_grad(), without_autocast(x.device):
+    with plainly(x.device):
         stored = Stored(codec.encode(x.detach()))
     leave_note(x, stored)
     return stored
