@@ -8,6 +8,7 @@ take the reference) or ``reference``. It is read at every call, so tests can cha
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -28,8 +29,9 @@ BACKENDS = ("auto", "triton", "native", "reference")
 _MIB = 1 << 20
 # The environment as Python keeps it: to find that something is not set takes a tenth of the time there, and a training
 # step asks hundreds of times.
-_variables: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
-_SETTINGS = {name: os.environ.encodekey(name) for name in ("SPECTRITON_BACKEND", "SPECTRITON_WORKSPACE_MIB")}
+_variables: Any = getattr(os.environ, "_data", os.environ)
+_key_of: Callable[[str], Any] = os.environ.encodekey if _variables is not os.environ else str
+_SETTINGS = {name: _key_of(name) for name in ("SPECTRITON_BACKEND", "SPECTRITON_WORKSPACE_MIB")}
 
 
 def _setting(name: str) -> str | None:

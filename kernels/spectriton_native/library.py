@@ -33,8 +33,8 @@ SOURCES = Path(__file__).parent / "csrc"
 PORTABLE = "SPECTRITON_NATIVE_PORTABLE"
 # The environment as Python keeps it: to find that something is not set takes a tenth of the time there, and a training
 # step asks hundreds of times.
-_variables: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
-_PORTABLE = os.environ.encodekey(PORTABLE)
+_variables: Any = getattr(os.environ, "_data", os.environ)
+_PORTABLE: Any = os.environ.encodekey(PORTABLE) if _variables is not os.environ else PORTABLE
 # A product and a sum are rounded one by one, as the reference rounds them.
 _OPTIONS = ("-O3", "-std=c11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 _FOR_THIS_PROCESSOR = {"x86_64": "-march=native"}.get(platform.machine(), "-mcpu=native")
