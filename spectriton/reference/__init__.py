@@ -16,6 +16,7 @@ from spectriton.reference.kernel_spectrum import (
     taps_of_matrix,
 )
 from spectriton.reference.pack import (
+    bins_of_moduli,
     compact_rows,
     count_moduli,
     gather_rows,
@@ -54,6 +55,7 @@ __all__ = [
     "TileIndex",
     "activate",
     "activate_backward",
+    "bins_of_moduli",
     "by_products",
     "channel_mix",
     "compact_rows",

@@ -35,21 +35,21 @@ def modulus(y: Tensor) -> Tensor:
     return pairs.abs()
 
 
-def count_moduli(y: Tensor, guard: int, shift: int, counts: Tensor) -> None:
-    """Counts the moduli of pairs ``(rows, n, 2)`` by the leading bits of their float32 patterns.
+def bins_of_moduli(y: Tensor, guard: int, shift: int) -> Tensor:
+    """``(n,)`` int32: the leading bits of the float32 patterns of the moduli of pairs ``(..., 2)``.
 
     Args:
         y: the pairs; what is not a number counts as infinite.
         guard: added to a pattern.
         shift: bits of it that do not count.
-        counts: ``(bins,)`` int64, added to.
     """
     size = modulus(y).to(torch.float32).flatten().nan_to_num_(nan=torch.inf)
-    bins = (size.view(torch.int32) + guard) >> shift
-    if counts.device.type == "cpu":
-        counts += torch.bincount(bins, minlength=counts.numel())
-    else:  # which bincount would wait for
-        counts.index_add_(0, bins, counts.new_ones(1).expand(bins.numel()))
+    return (size.view(torch.int32) + guard) >> shift
+
+
+def count_moduli(y: Tensor, guard: int, shift: int, counts: Tensor) -> None:
+    """Adds to ``counts`` ``(bins,)`` int64 how many moduli of pairs ``(rows, n, 2)`` are in each bin."""
+    counts += torch.bincount(bins_of_moduli(y, guard, shift), minlength=counts.numel())
 
 
 def kept_mask(y: Tensor, threshold: float | Tensor) -> Tensor:
