@@ -15,7 +15,7 @@ from torch import Tensor
 
 import spectriton_native as native
 from spectriton import reference
-from spectriton._backend import Backend
+from spectriton._backend import Backend, _format
 from spectriton.frequencies import FrequencyGrid
 from spectriton.reference import (
     RowPattern,
@@ -577,10 +577,6 @@ def _activate_backward(grad: Tensor, output: Tensor, kind: str, scales: Tensor |
     kept, terms = torch.empty_like(grad), None if scales is None else torch.empty_like(grad)
     native.tanh_backward(grad, output.contiguous(), scales, kept, terms)
     return kept, terms
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _order(x: Tensor) -> bool | None:

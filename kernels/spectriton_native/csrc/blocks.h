@@ -5,9 +5,6 @@
 
 #include "pairs.h"
 
-/* Helpers that pass vectors are all inlined: how they would be passed does not matter. */
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 #define LANES 16
 #define EDGE 8 /* of a block, at most */
 

@@ -4,9 +4,6 @@
 
 #include "pairs.h"
 
-/* Helpers that pass vectors are all inlined: how they would be passed does not matter. */
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 typedef float Eight __attribute__((vector_size(32), may_alias, aligned(4)));
 typedef int32_t Words __attribute__((vector_size(32), may_alias));
 

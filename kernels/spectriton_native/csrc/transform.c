@@ -8,9 +8,6 @@
 
 #include "pairs.h"
 
-/* Vectors are handed from one inline function to another, never to foreign code. */
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 /* Planes of a block: two vectors of 16, so that a coefficient is read once for both. */
 #define LANES 32
 
