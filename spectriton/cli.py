@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeAlias
 
 import torch
 
-from spectriton import distributed, environment
+from spectriton import __version__, distributed, environment
 
 #: Set to anything, an error shows its traceback instead of a panel.
 TRACEBACK_VARIABLE = "SPECTRITON_TRACEBACK"
@@ -140,6 +140,19 @@ def build_app() -> Any:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+
+    def show_version(asked: bool) -> None:
+        if asked:
+            print(f"spectriton {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def common(
+        version: Annotated[
+            bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+        ] = False,
+    ) -> None:
+        pass
 
     data_panel, recipe_panel, run_panel = "Network and data", "Recipe (the defaults are the paper's)", "Run"
     Model: TypeAlias = Annotated[

@@ -193,7 +193,7 @@ def _draw_peers(rows: Sequence[Mapping[str, Any]], figure: Any) -> None:
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (title, key) in zip(panels, _PEER_PANELS, strict=True):
         for offset, variant in zip((-0.2, 0.2), variants, strict=True):
-            shown = [row for row in measured if row["variant"] == variant]
+            shown = [row for row in measured if row["variant"] == variant and row["ratio"][key] is not None]
             drawn = axes.barh(
                 [peers.index(row["peer"]) + offset for row in shown],
                 [100 * row["ratio"][key] for row in shown],

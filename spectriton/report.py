@@ -140,7 +140,7 @@ def conditions(report: Mapping[str, Any]) -> str:
     parts = [
         f"{networks(config)} on {config['data']}",
         kept + (", as in the paper" if config["paper"] else ""),
-        f"{config['epochs']} epochs",
+        f"{config['epochs']} epoch{'' if config['epochs'] == 1 else 's'}",
         f"batch {config['batch_size']}",
         f"{config['optimizer']}, lr {config['lr']:g}",
         f"seeds {', '.join(map(str, seeds))}" if seeds else f"seed {config['seed']}",

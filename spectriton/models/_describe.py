@@ -170,7 +170,7 @@ class Options:
 
         Raises:
             TypeError: an unknown keyword.
-            TypeError, ValueError: no rule, or a threshold, activation or ``paper`` that is none.
+            TypeError, ValueError: two rules, or a rule, activation or ``paper`` that is none.
         """
         known = [field.name for field in fields(cls)]
         for name in options:
@@ -179,6 +179,8 @@ class Options:
         settings = cls(**options)
         if settings.density is None:
             check_threshold(op, settings.threshold)
+        else:
+            ops.thresholding_rule(op, options.get("threshold"), settings.density, default=None)
         if not isinstance(settings.paper, bool):
             fail(op, "paper", describe(settings.paper), "True or False", "pass a bool", TypeError)
         if settings.activation is not None:

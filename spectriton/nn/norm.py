@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from spectriton import ops
+from spectriton._plans import in_backward
 from spectriton.packed import PackedSpectrum
 
 
 def computed_again() -> bool:
     """Whether this forward pass is part of a backward pass, as gradient checkpointing has it."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and in_backward()
 
 
 class SpectralBatchNorm2d(nn.BatchNorm2d):

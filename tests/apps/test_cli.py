@@ -13,6 +13,7 @@ import pytest
 import torch
 from apps_standins import tiny_network
 
+import spectriton
 from spectriton import cli, environment
 
 pytestmark = pytest.mark.usefixtures("apps_extra")
@@ -164,6 +165,11 @@ def test_ctrl_c_stops_at_a_step_and_the_same_command_goes_on(
     assert cli.signal.getsignal(cli.signal.SIGINT) is before
     assert run(*arguments) == 0
     assert "goes on after 0.667 epochs" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"spectriton {spectriton.__version__}\n"
 
 
 def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -232,6 +232,8 @@ def test_twin_saves_less():
         ("lenet", {"treshold": 0.5}, TypeError, "option got 'treshold'"),
         ("lenet", {"threshold": -1.0}, ValueError, "not negative"),
         ("lenet", {"threshold": None}, TypeError, "models.build: threshold got None"),
+        ("lenet", {"threshold": 0.5, "density": 0.25}, ValueError, "threshold and density got both"),
+        ("lenet", {"density": 1.5}, ValueError, "density got 1.5"),
         ("lenet", {"paper": "no"}, TypeError, "paper got 'no'"),
         ("lenet", {"activation": "gelu"}, ValueError, "activation got 'gelu'.*relu"),
     ],
