@@ -35,6 +35,9 @@ COLUMN_SUM_BLOCK = 128
 # and the least bytes of a row at a time.
 ROW_BYTES = 512
 
+# Maths in float64 fill registers.
+_MOST_DOUBLE_BYTES = 64
+
 # kernel_spectrum_adjoint: the fewest frequencies worth a program.
 ADJOINT_MIN_FREQUENCIES = 32
 
@@ -70,7 +73,7 @@ class Tiles:
 
     Attributes:
         block_bytes: bytes of dense data that a program handles, if that is a tile or more.
-        thread_bytes: bytes of it that a thread handles.
+        thread_bytes: bytes of it that a thread handles, if that is not more than `_MOST_DOUBLE_BYTES` of 64-bit data.
 
     Data of 16 bits count as 32, which they are in registers.
     """
@@ -82,7 +85,8 @@ class Tiles:
         """(tiles, warps) of a program for tiles of `tile` complex numbers of two `itemsize` bytes."""
         tile_bytes = 2 * tile * max(itemsize, 4)
         tiles = max(1, self.block_bytes // tile_bytes)
-        return tiles, max(1, min(16, tiles * tile_bytes // (32 * self.thread_bytes)))
+        thread_bytes = min(self.thread_bytes, _MOST_DOUBLE_BYTES) if itemsize == 8 else self.thread_bytes
+        return tiles, max(1, min(16, tiles * tile_bytes // (32 * thread_bytes)))
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ UNPACK_PLANES = Tunable(
     ("planes", "positions", "tile"),
     tuple(
         Planes(*numbers)
-        for numbers in ((32, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 4), (32, 64, 8), (64, 32, 8))
+        for numbers in ((32, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 4), (32, 64, 8))
     ),
     lambda dtypes, sizes: Planes(32, 32, 4),
 )
@@ -318,13 +322,19 @@ DECODE_BLOCKS = Tunable("decode_blocks", _BLOCK_SIZES, _DECODED, lambda dtypes, 
 ENCODE_BLOCKS = Tunable("encode_blocks", _BLOCK_SIZES, _ENCODED, lambda dtypes, sizes: Blocks(4096, 32))
 
 RECTIFY = Tunable("rectify", ("values",), _STREAMS, _stream)
-CLEAR_OUTSIDE = Tunable("clear_outside", ("values",), _STREAMS, _stream)
+# 32 values of 16 bits to a thread, and their bits, spill
+CLEAR_OUTSIDE = Tunable("clear_outside", ("values",), tuple(c for c in _STREAMS if c != Stream(4096, 2)), _stream)
 REBUILD = Tunable("rebuild", ("rows", "columns"), _STREAMS, _stream)
 # Of the maxima, or of the maps for their gradient: rows and columns of memory, then the window.
 _POOLED_SIZES = ("rows", "columns", "window rows", "window columns")
 _POOLS = tuple(Stream(*numbers) for numbers in ((2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8)))
-# its loads do not wait for one another: the more values a thread has, the more registers they take at once
-POOL_MAXIMA = Tunable("pool_maxima", _POOLED_SIZES, _POOLS, lambda dtypes, sizes: Stream(2048, 4))
+# Its loads do not wait for one another: the more values a thread has, the more registers they take at once.
+POOL_MAXIMA = Tunable(
+    "pool_maxima",
+    _POOLED_SIZES,
+    tuple(Stream(*numbers) for numbers in ((1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8))),
+    lambda dtypes, sizes: Stream(2048, 4),
+)
 SPREAD_MAXIMA = Tunable("spread_maxima", _POOLED_SIZES, _POOLS, lambda dtypes, sizes: Stream(4096, 4))
 
 TUNABLES: dict[str, Tunable[Any]] = {

@@ -111,13 +111,18 @@ def test_what_pytorch_refuses_is_refused(device):
 
 
 @pytest.mark.parametrize("config", POOL_MAXIMA.space, ids=str)
-def test_every_configuration(config, device):
-    assert POOL_MAXIMA.space == SPREAD_MAXIMA.space
+def test_every_configuration_of_pooling(config, device):
     window, x = WINDOWS[1], maps((2, 24, 9, 9), device, True)
     expected, expected_codes = max_pool.pool_maxima(x, window)
     out, codes = torch.empty_like(expected), torch.empty_like(expected_codes)
     plan_pool_maxima(x, window, True, out, codes, False, config).run()
     assert same(out, expected) and torch.equal(codes, expected_codes)
+
+
+@pytest.mark.parametrize("config", SPREAD_MAXIMA.space, ids=str)
+def test_every_configuration_of_spreading(config, device):
+    window, x = WINDOWS[1], maps((2, 24, 9, 9), device, True)
+    out, codes = max_pool.pool_maxima(x, window)
     grad, spread = torch.ones_like(out), torch.full_like(x, 7)
     plan_spread_maxima(grad, window, True, codes, spread, config).run()
     assert torch.equal(spread, max_pool.spread_maxima(grad, window, codes, x.shape, True))
