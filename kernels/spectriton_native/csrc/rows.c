@@ -1,6 +1,6 @@
-/* Rows of packed spectra to dense chunks of pairs (rows, positions, 2) and back. */
+/* Rows of packed spectra to dense chunks of pairs (rows, positions, 2) and back, by the activation or as they are. */
 
-#include "pairs.h"
+#include "activation.h"
 
 INLINE int expand_rows_as(const Part *part, const uint8_t *values, const float *scales, float *out, int threads, int format)
 {
@@ -30,29 +30,6 @@ INLINE int expand_rows_as(const Part *part, const uint8_t *values, const float *
 int expand_rows(const Part *part, const uint8_t *values, int64_t format, const float *scales, float *out, int64_t threads)
 {
     BY_FORMAT(expand_rows_as, part, values, scales, out, threads)
-}
-
-/* Writes the pairs of the chunk `y` where the pattern keeps them. */
-int gather_rows(const Part *part, const float *y, float *out, int64_t threads)
-{
-    const int64_t tiles = part->t1 - part->t0, bytes = part->tile_bytes;
-    int missing = 0;
-    PARALLEL_FOR(positions_of(part))
-    for (int64_t i = 0; i < part->row_count; i++) {
-        const float *row = y + i * tiles * bytes * 16;
-        for (int64_t t = part->t0; t < part->t1; t++, row += bytes * 16) {
-            const int64_t start = start_of(part, i, t);
-            if (start < 0) {
-                missing = 1;
-                continue;
-            }
-            const uint8_t *bits = bitmap_of(part, i, t);
-            float *target = out + 2 * start;
-            for (int64_t j = 0; j < bytes; j++)
-                target += 2 * compress(row + 16 * j, bits[j], target);
-        }
-    }
-    return missing;
 }
 
 /* Set bits of each tile (F, tiles), where its values begin, and the rows before the tail at which nothing is kept.
@@ -109,10 +86,8 @@ INLINE uint8_t not_below(const float *pairs, const float *bounds, float bound)
 INLINE uint8_t not_below_wide(const float *pairs, const float *bounds, float bound)
 {
     const __m512 y = _mm512_loadu_ps(pairs), squares = _mm512_mul_ps(y, y);
-    /* The sum stands in both places of a pair; the even ones go to the front. */
-    const __m512 sums = _mm512_add_ps(squares, _mm512_permute_ps(squares, 0xb1));
-    const __m256 sizes = _mm512_castps512_ps256(_mm512_permutexvar_ps(
-        _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0), sums));
+    /* The sum stands in both places of a pair. */
+    const __m256 sizes = even_ones(_mm512_add_ps(squares, _mm512_permute_ps(squares, 0xb1)));
     const __m256 limits = bounds ? _mm256_loadu_ps(bounds) : _mm256_set1_ps(bound);
     return _mm256_cmp_ps_mask(sizes, limits, _CMP_NLT_UQ);
 }
@@ -148,8 +123,16 @@ int64_t threshold_rows(const Part *part, const float *y, int64_t length, const f
             if (channel >= channels)
                 channel -= channels;
         }
+        for (int64_t t = 0; t < tiles; t++)
+            starts[i * tiles + t] = (int32_t)count_bits(bits + t * bytes, bytes);
     }
-    return tile_starts(part, starts, threads);
+    int64_t total = 0;
+    for (int64_t n = 0; n < part->row_count * tiles; n++) {
+        const int32_t count = starts[n];
+        starts[n] = (int32_t)total;
+        total += count;
+    }
+    return total;
 }
 
 /* Counts moduli of pairs (rows, n), `pitch` floats a row, by the leading bits of their patterns, what is not a number as
@@ -235,6 +218,35 @@ int sum_rows(const Part *part, const float *pairs, float *sums, int64_t threads)
     return missing;
 }
 
+/* `count` parts of a tile as integers of up to `levels`; returns the scale. See `quantise`. */
+INLINE float quantise_tile(const float *parts, int64_t count, int64_t levels, const float *noise, uint8_t *out)
+{
+    int32_t peak = 0; /* patterns of sizes are in the order of the sizes; what is not a number comes last */
+    for (int64_t k = 0; k < count; k++) {
+        const int32_t size = to_bits(parts[k]) & 0x7fffffff;
+        peak = size > peak ? size : peak;
+    }
+    float scale = peak < 0x7f800000 ? from_bits(peak) / (float)levels : NAN;
+    if (scale < 0x1p-126f)
+        scale = 0x1p-126f;
+    const float inverse = 1 / scale, limit = (float)levels;
+    int8_t steps[512];
+    for (int64_t first = 0; first < count; first += 512) {
+        const int64_t some = count - first < 512 ? count - first : 512;
+        int8_t *target = levels == 127 ? (int8_t *)out + first : steps;
+        for (int64_t k = 0; k < some; k++) {
+            float step = parts[first + k] * inverse;
+            step = noise ? floorf(step + noise[first + k]) : rintf(step);
+            step = step >= -limit ? step : (step < -limit ? -limit : 0); /* 0 for what is not a number */
+            target[k] = (int8_t)(step < limit ? step : limit);
+        }
+        if (levels != 127)
+            for (int64_t k = 0; k < some; k += 2)
+                out[(first + k) / 2] = (uint8_t)((steps[k] & 15) | (steps[k + 1] & 15) << 4);
+    }
+    return scale;
+}
+
 /* Kept pairs as integers of up to `levels`, tile by tile, and the tiles' scales.
 
    Tiles begin at `starts` (count,), the last ends at `total`. `noise`, of the shape of the pairs, rounds stochastically;
@@ -244,86 +256,60 @@ void quantise(const float *pairs, const int32_t *starts, int64_t count, int64_t 
 {
     PARALLEL_FOR(total)
     for (int64_t t = 0; t < count; t++) {
-        const int64_t first = 2 * (int64_t)starts[t], last = 2 * (t + 1 < count ? starts[t + 1] : total);
-        int32_t peak = 0; /* patterns of sizes are in the order of the sizes; what is not a number comes last */
-        for (int64_t k = first; k < last; k++) {
-            const int32_t size = to_bits(pairs[k]) & 0x7fffffff;
-            peak = size > peak ? size : peak;
-        }
-        float scale = peak < 0x7f800000 ? from_bits(peak) / (float)levels : NAN;
-        if (scale < 0x1p-126f)
-            scale = 0x1p-126f;
-        scales[t] = scale;
-        const float inverse = 1 / scale, limit = (float)levels;
-        int8_t parts[512];
-        for (int64_t at = first; at < last; at += 512) {
-            const int64_t some = last - at < 512 ? last - at : 512;
-            int8_t *target = levels == 127 ? (int8_t *)out + at : parts;
-            for (int64_t k = 0; k < some; k++) {
-                float step = pairs[at + k] * inverse;
-                step = noise ? floorf(step + noise[at + k]) : rintf(step);
-                step = step >= -limit ? step : (step < -limit ? -limit : 0); /* 0 for what is not a number */
-                target[k] = (int8_t)(step < limit ? step : limit);
-            }
-            if (levels != 127)
-                for (int64_t k = 0; k < some; k += 2)
-                    out[(at + k) / 2] = (uint8_t)((parts[k] & 15) | (parts[k + 1] & 15) << 4);
-        }
+        const int64_t first = starts[t], last = t + 1 < count ? starts[t + 1] : total;
+        scales[t] = quantise_tile(pairs + 2 * first, 2 * (last - first), levels, noise ? noise + 2 * first : 0,
+                                  out + (levels == 127 ? 2 : 1) * first);
     }
 }
 
-INLINE int read_rows_as(const Part *part, const uint8_t *values, const float *scales, int64_t first, float *out,
-                        int threads, int format)
+INLINE int store_rows_as(const Part *part, const float *y, const float *numbers, int64_t channels, int64_t active,
+                         uint8_t *values, float *scales, int threads, int format)
 {
+    const int64_t tiles = part->t1 - part->t0, bytes = part->tile_bytes, step = 8 % channels;
     int missing = 0;
-    PARALLEL_FOR(positions_of(part))
-    for (int64_t i = 0; i < part->row_count; i++)
-        for (int64_t t = part->t0; t < part->t1; t++) {
-            const int64_t count = count_bits(bitmap_of(part, i, t), part->tile_bytes), start = start_of(part, i, t);
-            if (count == 0)
-                continue;
-            if (start < first) { /* which is not negative */
-                missing = 1;
-                continue;
-            }
-            const uint8_t *source = values + start * stored_bytes(format);
-            const float scale = format >= INT8 ? scales[row_of(part, i) * part->tiles + t] : 1;
-            float *target = out + 2 * (start - first);
-            for (int64_t k = 0; k < count; k++, source += stored_bytes(format)) {
-                float re, im;
-                read_pair(source, format, &re, &im);
-                target[2 * k] = format >= INT8 ? re * scale : re;
-                target[2 * k + 1] = format >= INT8 ? im * scale : im;
-            }
-        }
-    return missing;
-}
-
-/* Kept values, which follow each other from `first` on, as pairs (n, 2). */
-int read_rows(const Part *part, const uint8_t *values, int64_t format, const float *scales, int64_t first, float *out,
-              int64_t threads)
-{
-    BY_FORMAT(read_rows_as, part, values, scales, first, out, threads)
-}
-
-/* Writes values of `bytes` each, those of a tile from its entry of `starts` (row_count, t1 - t0) on, to where the pattern
-   has them. */
-int place_values(const Part *part, const uint8_t *values, const int32_t *starts, int64_t bytes, uint8_t *out,
-                 int64_t threads)
-{
-    const int64_t tiles = part->t1 - part->t0;
-    int missing = 0;
-    PARALLEL_FOR(positions_of(part))
-    for (int64_t i = 0; i < part->row_count; i++)
-        for (int64_t t = part->t0; t < part->t1; t++) {
+    PARALLEL_IN_TURNS(positions_of(part))
+    for (int64_t i = 0; i < part->row_count; i++) {
+        const float *row = y + i * tiles * bytes * 16;
+        for (int64_t t = part->t0; t < part->t1; t++, row += bytes * 16) {
             const int64_t start = start_of(part, i, t);
-            const int64_t count = count_bits(bitmap_of(part, i, t), part->tile_bytes);
-            if (start < 0)
+            if (start < 0) {
                 missing = 1;
-            else if (count)
-                memcpy(out + start * bytes, values + starts[i * tiles + t - part->t0] * bytes, count * bytes);
+                continue;
+            }
+            const uint8_t *bits = bitmap_of(part, i, t);
+            uint8_t *target = values + start * stored_bytes(format);
+            float pairs[2 * LARGEST_TILE], of_kept[2 * LARGEST_TILE];
+            float *kept = format == FLOAT32 ? (float *)target : pairs;
+            int64_t count = 0, channel = t * bytes * 8 % channels;
+            for (int64_t j = 0; j < bytes; j++) {
+                if (numbers) {
+                    compress_doubled(numbers + channel, bits[j], of_kept + 2 * count);
+                    channel += step;
+                    if (channel >= channels)
+                        channel -= channels;
+                }
+                count += compress(row + 16 * j, bits[j], kept + 2 * count);
+            }
+            if (active)
+                activate_tanh(kept, numbers ? of_kept : 0, 2 * count);
+            if (format == FLOAT16 || format == BFLOAT16)
+                write_halves(kept, 2 * count, format, target);
+            else if (format != FLOAT32)
+                scales[row_of(part, i) * part->tiles + t] =
+                    quantise_tile(kept, 2 * count, format == INT8 ? 127 : 7, 0, target);
         }
+    }
     return missing;
+}
+
+/* Writes the pairs of the chunk `y` that the pattern keeps, in a format, and of integers the scales (F, tiles).
+
+   `active`: s tanh(x / s) of them, s that of their channel, which is the position in the row modulo `channels`; `numbers`
+   (channels + 8,) are the s, and those from the start again, NULL for ones. */
+int store_rows(const Part *part, const float *y, const float *numbers, int64_t channels, int64_t active, uint8_t *values,
+               int64_t format, float *scales, int64_t threads)
+{
+    BY_FORMAT(store_rows_as, part, y, numbers, channels, active, values, scales, threads)
 }
 
 /* Moves `count` runs of `sizes` values of `bytes` each from where they stand to where they belong. */
@@ -333,4 +319,79 @@ void move_runs(const uint8_t *values, const int64_t *from, const int64_t *to, co
     PARALLEL_FOR(count * 64)
     for (int64_t i = 0; i < count; i++)
         memcpy(out + to[i] * bytes, values + from[i] * bytes, sizes[i] * bytes);
+}
+
+/* Rows are added up in so many groups, however many threads there are. */
+#define GROUPS 16
+
+INLINE int unpack_gradient_rows_as(const Part *part, const float *grad, const uint8_t *values, const float *scales,
+                                   const float *numbers, int64_t channels, double *sums, float *out, int threads,
+                                   int format)
+{
+    const int64_t tiles = part->t1 - part->t0, bytes = part->tile_bytes, step = 8 % channels;
+    int missing = 0;
+    PARALLEL_FOR(positions_of(part))
+    for (int64_t group = 0; group < GROUPS; group++)
+        for (int64_t i = group; i < part->row_count; i += GROUPS) {
+            float *row = out + i * tiles * bytes * 16;
+            for (int64_t t = part->t0; t < part->t1; t++, row += bytes * 16) {
+                const int64_t start = start_of(part, i, t);
+                if (start < 0) {
+                    missing = 1;
+                    continue;
+                }
+                const uint8_t *bits = bitmap_of(part, i, t);
+                const int64_t first = t * bytes * 8 % channels;
+                float output[2 * LARGEST_TILE], of_kept[2 * LARGEST_TILE], kept[2 * LARGEST_TILE], terms[2 * LARGEST_TILE];
+                int64_t count = 0, channel = first;
+                for (int64_t j = 0; j < bytes; j++) {
+                    if (numbers)
+                        compress_doubled(numbers + channel, bits[j], of_kept + 2 * count);
+                    count += __builtin_popcount(bits[j]);
+                    channel += step;
+                    if (channel >= channels)
+                        channel -= channels;
+                }
+                const float scale = format >= INT8 ? scales[row_of(part, i) * part->tiles + t] : 1;
+                read_pairs(values + start * stored_bytes(format), count, format, scale, output);
+                tanh_backward(grad + 2 * start, output, numbers ? of_kept : 0, 2 * count, kept, terms);
+                count = 0, channel = first;
+                for (int64_t j = 0; j < bytes; j++) {
+                    expand((const uint8_t *)(kept + 2 * count), bits[j], FLOAT32, 1, row + 16 * j);
+                    if (numbers)
+                        add_expanded(terms + 2 * count, bits[j], sums + group * (channels + 8) + channel);
+                    count += __builtin_popcount(bits[j]);
+                    channel += step;
+                    if (channel >= channels)
+                        channel -= channels;
+                }
+            }
+        }
+    return missing;
+}
+
+static int unpack_gradient_rows_by(const Part *part, const float *grad, const uint8_t *values, int64_t format,
+                                   const float *scales, const float *numbers, int64_t channels, double *sums, float *out,
+                                   int threads)
+{
+    BY_FORMAT(unpack_gradient_rows_as, part, grad, values, scales, numbers, channels, sums, out, threads)
+}
+
+/* Writes all of `out`: gradients (N, 2) of what is kept, taken back through tanh from its outputs, the `values`; else zero.
+
+   `numbers` and `channels` as of `store_rows`. Where there are numbers, their gradient is written to `grad_numbers`
+   (channels,); `sums` (16, channels + 8) are zeros to add it up in. */
+int unpack_gradient_rows(const Part *part, const float *grad, const uint8_t *values, int64_t format, const float *scales,
+                         const float *numbers, int64_t channels, double *sums, float *grad_numbers, float *out,
+                         int64_t threads)
+{
+    const int missing =
+        unpack_gradient_rows_by(part, grad, values, format, scales, numbers, channels, sums, out, (int)threads);
+    if (numbers) {
+        for (int64_t c = channels; c < GROUPS * (channels + 8); c++)
+            sums[c % (channels + 8) % channels] += sums[c];
+        for (int64_t c = 0; c < channels; c++)
+            grad_numbers[c] = (float)sums[c];
+    }
+    return missing;
 }
