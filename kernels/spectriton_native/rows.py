@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from math import gcd
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def store_rows(
         active: store ``s tanh(x / s)`` of both parts.
         numbers: ``(C,)``, the s of each channel; one where left out.
     """
-    table, channels = (None, 1) if numbers is None else (_going_on(numbers), numbers.numel())
+    table, channels = (None, 1) if numbers is None else (_by_eights(numbers), numbers.numel())
     given = (part, y, table, channels, int(active), values, FORMATS[values.dtype], scales)
     check_complete(call("store_rows", *given, result=ctypes.c_int))
 
@@ -128,9 +129,9 @@ def unpack_gradient_rows(
     if numbers is None:
         given: tuple[Any, ...] = (None, 1, None, None)
     else:
-        channels = numbers.numel()
-        sums = torch.zeros(_GROUPS, channels + 8, dtype=torch.float64)
-        given = (_going_on(numbers), channels, sums, torch.empty(channels))
+        table = _by_eights(numbers)
+        sums = torch.zeros(_GROUPS, table.numel(), dtype=torch.float64)
+        given = (table, numbers.numel(), sums, torch.empty(numbers.shape))
     missing = call("unpack_gradient_rows", part, grad, values, format, scales, *given, out, result=ctypes.c_int)
     check_complete(missing)
     result: Tensor | None = given[3]
@@ -145,9 +146,9 @@ def index_tiles(bitmap: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, bool, 
     return counts, starts, bool(ordered), int(filled)
 
 
-def _going_on(numbers: Tensor) -> Tensor:
-    """``(C + 8,)`` or more: numbers of channels ``(C,)``, and from the start again."""
-    return torch.cat((numbers,) * (2 + 7 // numbers.numel()))  # repeat() takes ten times as long
+def _by_eights(numbers: Tensor) -> Tensor:
+    """Numbers of channels ``(C,)``, as often as it takes to fill whole eights."""
+    return torch.cat((numbers,) * (8 // gcd(numbers.numel(), 8)))  # repeat() takes ten times as long
 
 
 def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor) -> tuple[Tensor, int]:
@@ -161,7 +162,7 @@ def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor
     starts = torch.empty(part.tiles_of(), dtype=torch.int32)
     bounds, channels, bound = None, 1, 0.0
     if isinstance(threshold, Tensor):
-        bounds, channels = _going_on(threshold.square()), threshold.numel()
+        bounds, channels = _by_eights(threshold.square()), threshold.numel()
     else:
         bound = float(threshold * threshold)  # a power that is too large is an error
     return starts, call("threshold_rows", part, y, length, bounds, channels, bound, starts, result=ctypes.c_int64)
@@ -181,9 +182,9 @@ def tile_starts(part: Part) -> tuple[Tensor, int]:
 def gather_channels(part: Part, numbers: Tensor, first: int, out: Tensor) -> None:
     """Writes ``out`` ``(N,)``: for each value the one of ``numbers`` ``(C,)`` that belongs to its channel.
 
-    ``first`` is the channel of the first position, or that and a multiple of ``C``.
+    ``first`` is the place of the first position in its row, a multiple of eight.
     """
-    given = (_going_on(numbers), numbers.numel(), first)
+    given = (_by_eights(numbers), numbers.numel(), first)
     check_complete(call("gather_channels", part, *given, out, result=ctypes.c_int))
 
 

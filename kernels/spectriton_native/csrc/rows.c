@@ -94,34 +94,38 @@ INLINE uint8_t not_below_wide(const float *pairs, const float *bounds, float bou
 #define not_below not_below_wide
 #endif
 
+/* Numbers of channels, which follow each other along a row, stand as often as it takes to fill whole eights, as many as
+   bits in a byte; returns these. */
+INLINE int64_t period_of(int64_t channels)
+{
+    return channels >> (channels % 8 ? __builtin_ctzll((uint64_t)channels) : 3);
+}
+
 /* Writes which pairs of the chunk `y` are kept, and where in the chunk's values each tile begins, (row_count, t1 - t0).
 
    Kept is what is not below a bound of the square of the modulus, one for all or, where `bounds` is given, one for each
-   of `channels`, as gather_channels takes them; of row 0, if it is among the rows, everything. Nothing is kept beyond `length` positions of a whole row.
-   Returns how many are kept. */
+   of `channels`, by eights (see `period_of`); of row 0, if it is among the rows, everything. Nothing is kept beyond
+   `length` positions of a whole row. Returns how many are kept. */
 int64_t threshold_rows(const Part *part, const float *y, int64_t length, const float *bounds, int64_t channels,
                        float bound, int32_t *starts, int64_t threads)
 {
     const int64_t tiles = part->t1 - part->t0, bytes = part->tile_bytes, first = part->t0 * bytes * 8;
-    const int64_t step = 8 % channels;
+    const int64_t period = period_of(channels);
     PARALLEL_FOR(positions_of(part))
     for (int64_t i = 0; i < part->row_count; i++) {
         const int64_t all = row_of(part, i) == 0;
         uint8_t *bits = (uint8_t *)bitmap_of(part, i, part->t0);
         const float *row = y + i * tiles * bytes * 16;
-        int64_t channel = first % channels;
-        for (int64_t j = 0; j < tiles * bytes; j++) {
+        int64_t place = first / 8 % period;
+        for (int64_t j = 0; j < tiles * bytes; j++, place = place + 1 < period ? place + 1 : 0) {
             const int64_t room = length - first - 8 * j;
             uint8_t kept = 0;
             if (room > 0) {
-                kept = all ? 0xff : not_below(row + 16 * j, bounds ? bounds + channel : 0, bound);
+                kept = all ? 0xff : not_below(row + 16 * j, bounds ? bounds + 8 * place : 0, bound);
                 if (room < 8)
                     kept &= (1u << room) - 1;
             }
             bits[j] = kept;
-            channel += step;
-            if (channel >= channels)
-                channel -= channels;
         }
         for (int64_t t = 0; t < tiles; t++)
             starts[i * tiles + t] = (int32_t)count_bits(bits + t * bytes, bytes);
@@ -157,10 +161,10 @@ void count_moduli(const float *y, int64_t rows, int64_t n, int64_t pitch, int64_
 
 /* One of `numbers` for every kept coefficient: that of its channel.
 
-   Channels follow each other, `first` is that of the first position. `numbers` (channels + 8,) go on from the start. */
+   `first` is the first position of its row. `numbers` stand by eights, see `period_of`. */
 int gather_channels(const Part *part, const float *numbers, int64_t channels, int64_t first, float *out, int64_t threads)
 {
-    const int64_t bytes = part->tile_bytes, step = 8 % channels;
+    const int64_t bytes = part->tile_bytes, period = period_of(channels);
     int missing = 0;
     PARALLEL_FOR(positions_of(part))
     for (int64_t i = 0; i < part->row_count; i++)
@@ -171,10 +175,10 @@ int gather_channels(const Part *part, const float *numbers, int64_t channels, in
                 continue;
             }
             const uint8_t *bits = bitmap_of(part, i, t);
-            int64_t channel = (first + (t - part->t0) * bytes * 8) % channels;
+            int64_t place = (first / 8 + (t - part->t0) * bytes) % period;
             float *target = out + start;
-            for (int64_t j = 0; j < bytes; j++) {
-                const float *source = numbers + channel;
+            for (int64_t j = 0; j < bytes; j++, place = place + 1 < period ? place + 1 : 0) {
+                const float *source = numbers + 8 * place;
 #if WIDE
                 const int count = __builtin_popcount(bits[j]);
                 _mm256_mask_storeu_ps(target, (1u << count) - 1, _mm256_maskz_compress_ps(bits[j], _mm256_loadu_ps(source)));
@@ -183,9 +187,6 @@ int gather_channels(const Part *part, const float *numbers, int64_t channels, in
                 for (unsigned left = bits[j]; left; left &= left - 1)
                     *target++ = source[__builtin_ctz(left)];
 #endif
-                channel += step;
-                if (channel >= channels)
-                    channel -= channels;
             }
         }
     return missing;
@@ -262,10 +263,29 @@ void quantise(const float *pairs, const int32_t *starts, int64_t count, int64_t 
     }
 }
 
+/* The bytes of a tile in which a bit is set. */
+typedef struct {
+    int64_t count;
+    int32_t byte[LARGEST_TILE / 8], place[LARGEST_TILE / 8]; /* place: among the eights of channels, see `period_of` */
+} Filled;
+
+/* Without a branch, which half of the time would go the other way. */
+INLINE void find_filled(const uint8_t *bits, int64_t bytes, int64_t first, int64_t period, Filled *out)
+{
+    int32_t n = 0, place = (int32_t)(first % period);
+    for (int32_t j = 0; j < bytes; j++) {
+        out->byte[n] = j;
+        out->place[n] = place;
+        n += bits[j] != 0;
+        place = place + 1 < period ? place + 1 : 0;
+    }
+    out->count = n;
+}
+
 INLINE int store_rows_as(const Part *part, const float *y, const float *numbers, int64_t channels, int64_t active,
                          uint8_t *values, float *scales, int threads, int format)
 {
-    const int64_t tiles = part->t1 - part->t0, bytes = part->tile_bytes, step = 8 % channels;
+    const int64_t tiles = part->t1 - part->t0, bytes = part->tile_bytes, period = period_of(channels);
     int missing = 0;
     PARALLEL_IN_TURNS(positions_of(part))
     for (int64_t i = 0; i < part->row_count; i++) {
@@ -280,14 +300,13 @@ INLINE int store_rows_as(const Part *part, const float *y, const float *numbers,
             uint8_t *target = values + start * stored_bytes(format);
             float pairs[2 * LARGEST_TILE], of_kept[2 * LARGEST_TILE];
             float *kept = format == FLOAT32 ? (float *)target : pairs;
-            int64_t count = 0, channel = t * bytes * 8 % channels;
-            for (int64_t j = 0; j < bytes; j++) {
-                if (numbers) {
-                    compress_doubled(numbers + channel, bits[j], of_kept + 2 * count);
-                    channel += step;
-                    if (channel >= channels)
-                        channel -= channels;
-                }
+            Filled filled;
+            find_filled(bits, bytes, t * bytes, period, &filled);
+            int64_t count = 0;
+            for (int64_t n = 0; n < filled.count; n++) {
+                const int64_t j = filled.byte[n];
+                if (numbers)
+                    compress_doubled(numbers + 8 * filled.place[n], bits[j], of_kept + 2 * count);
                 count += compress(row + 16 * j, bits[j], kept + 2 * count);
             }
             if (active)
@@ -305,7 +324,7 @@ INLINE int store_rows_as(const Part *part, const float *y, const float *numbers,
 /* Writes the pairs of the chunk `y` that the pattern keeps, in a format, and of integers the scales (F, tiles).
 
    `active`: s tanh(x / s) of them, s that of their channel, which is the position in the row modulo `channels`; `numbers`
-   (channels + 8,) are the s, and those from the start again, NULL for ones. */
+   are the s by eights (see `period_of`), NULL for ones. */
 int store_rows(const Part *part, const float *y, const float *numbers, int64_t channels, int64_t active, uint8_t *values,
                int64_t format, float *scales, int64_t threads)
 {
@@ -328,7 +347,7 @@ INLINE int unpack_gradient_rows_as(const Part *part, const float *grad, const ui
                                    const float *numbers, int64_t channels, double *sums, float *out, int threads,
                                    int format)
 {
-    const int64_t tiles = part->t1 - part->t0, bytes = part->tile_bytes, step = 8 % channels;
+    const int64_t tiles = part->t1 - part->t0, bytes = part->tile_bytes, period = period_of(channels);
     int missing = 0;
     PARALLEL_FOR(positions_of(part))
     for (int64_t group = 0; group < GROUPS; group++)
@@ -341,29 +360,33 @@ INLINE int unpack_gradient_rows_as(const Part *part, const float *grad, const ui
                     continue;
                 }
                 const uint8_t *bits = bitmap_of(part, i, t);
-                const int64_t first = t * bytes * 8 % channels;
                 float output[2 * LARGEST_TILE], of_kept[2 * LARGEST_TILE], kept[2 * LARGEST_TILE], terms[2 * LARGEST_TILE];
-                int64_t count = 0, channel = first;
-                for (int64_t j = 0; j < bytes; j++) {
-                    if (numbers)
-                        compress_doubled(numbers + channel, bits[j], of_kept + 2 * count);
-                    count += __builtin_popcount(bits[j]);
-                    channel += step;
-                    if (channel >= channels)
-                        channel -= channels;
+                const int64_t all = count_bits(bits, bytes);
+                Filled filled;
+                filled.count = 0;
+                if (numbers)
+                    find_filled(bits, bytes, t * bytes, period, &filled);
+                for (int64_t n = 0, count = 0; n < filled.count; n++) {
+                    const uint8_t some = bits[filled.byte[n]];
+                    compress_doubled(numbers + 8 * filled.place[n], some, of_kept + 2 * count);
+                    count += __builtin_popcount(some);
                 }
                 const float scale = format >= INT8 ? scales[row_of(part, i) * part->tiles + t] : 1;
-                read_pairs(values + start * stored_bytes(format), count, format, scale, output);
-                tanh_backward(grad + 2 * start, output, numbers ? of_kept : 0, 2 * count, kept, terms);
-                count = 0, channel = first;
-                for (int64_t j = 0; j < bytes; j++) {
-                    expand((const uint8_t *)(kept + 2 * count), bits[j], FLOAT32, 1, row + 16 * j);
-                    if (numbers)
-                        add_expanded(terms + 2 * count, bits[j], sums + group * (channels + 8) + channel);
-                    count += __builtin_popcount(bits[j]);
-                    channel += step;
-                    if (channel >= channels)
-                        channel -= channels;
+                read_pairs(values + start * stored_bytes(format), all, format, scale, output);
+                tanh_backward(grad + 2 * start, output, numbers ? of_kept : 0, 2 * all, kept, terms);
+                if (!numbers) {
+                    for (int64_t j = 0, count = 0; j < bytes; j++) {
+                        expand((const uint8_t *)(kept + 2 * count), bits[j], FLOAT32, 1, row + 16 * j);
+                        count += __builtin_popcount(bits[j]);
+                    }
+                    continue;
+                }
+                memset(row, 0, bytes * 16 * sizeof(float));
+                for (int64_t n = 0, count = 0; n < filled.count; n++) {
+                    const uint8_t some = bits[filled.byte[n]];
+                    expand((const uint8_t *)(kept + 2 * count), some, FLOAT32, 1, row + 16 * filled.byte[n]);
+                    add_expanded(terms + 2 * count, some, sums + 8 * (group * period + filled.place[n]));
+                    count += __builtin_popcount(some);
                 }
             }
         }
@@ -380,7 +403,7 @@ static int unpack_gradient_rows_by(const Part *part, const float *grad, const ui
 /* Writes all of `out`: gradients (N, 2) of what is kept, taken back through tanh from its outputs, the `values`; else zero.
 
    `numbers` and `channels` as of `store_rows`. Where there are numbers, their gradient is written to `grad_numbers`
-   (channels,); `sums` (16, channels + 8) are zeros to add it up in. */
+   (channels,); `sums`, of sixteen times as many, are zeros to add it up in. */
 int unpack_gradient_rows(const Part *part, const float *grad, const uint8_t *values, int64_t format, const float *scales,
                          const float *numbers, int64_t channels, double *sums, float *grad_numbers, float *out,
                          int64_t threads)
@@ -388,8 +411,8 @@ int unpack_gradient_rows(const Part *part, const float *grad, const uint8_t *val
     const int missing =
         unpack_gradient_rows_by(part, grad, values, format, scales, numbers, channels, sums, out, (int)threads);
     if (numbers) {
-        for (int64_t c = channels; c < GROUPS * (channels + 8); c++)
-            sums[c % (channels + 8) % channels] += sums[c];
+        for (int64_t c = channels; c < 8 * GROUPS * period_of(channels); c++)
+            sums[c % channels] += sums[c];
         for (int64_t c = 0; c < channels; c++)
             grad_numbers[c] = (float)sums[c];
     }
