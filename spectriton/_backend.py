@@ -118,6 +118,7 @@ class Backend:
     count_moduli = staticmethod(reference.count_moduli)
     compact_rows = staticmethod(reference.compact_rows)
     to_format = staticmethod(reference.to_format)
+    tile_starts = staticmethod(reference.tile_starts)
     store_rows = staticmethod(reference.store_rows)
     reorder = staticmethod(reference.reorder)
     planes_innermost = staticmethod(reference.planes_innermost)
@@ -172,9 +173,35 @@ class Backend:
         """See :func:`spectriton.reference.block_codec.decode_blocks`; the plan is that of :meth:`block_plan`."""
         return block_codec.decode_blocks(records, layout, plan, out, workspace)
 
-    def by_bits(self, dtype: torch.dtype) -> bool:
-        """Whether kept coefficients of this precision are moved without lists of their places and copies."""
+    def by_bits(self, dtype: torch.dtype, kind: str = "identity") -> bool:
+        """Whether kept coefficients are moved, by an activation, without lists of their places and copies."""
         return False
+
+    def pack_chunk(
+        self,
+        y: Tensor,
+        length: int,
+        threshold: float | Tensor,
+        rows: slice | Tensor,
+        t0: int,
+        bitmap: Tensor,
+        scales: Tensor,
+        dtype: torch.dtype,
+        kind: str = "identity",
+        scale: Tensor | None = None,
+        channels: int = 1,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """Kept coefficients of a chunk in their format, in row order: :meth:`compact_rows`, then :meth:`to_format`.
+
+        Writes ``scales`` ``(F, T)`` at ``rows`` and the chunk's tiles where values are integers.
+        """
+        kept = self.compact_rows(y, length, threshold, rows, t0, bitmap, kind, scale, channels)
+        tiles = slice(t0, t0 + y.shape[1] // (bitmap.shape[2] * 8))
+        kept, of_tiles = self.to_format(kept, bitmap, rows, tiles, dtype, seed)
+        if of_tiles is not None:
+            scales[rows, tiles] = of_tiles
+        return kept
 
     def plane_arrays(self, grid: FrequencyGrid, dtype: torch.dtype, repacked: bool) -> int:
         """How many arrays of the size of a chunk's half spectra stand side by side while planes are transformed.

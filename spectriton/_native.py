@@ -22,7 +22,6 @@ from spectriton.reference import (
     TileIndex,
     across,
     activate,
-    activate_backward,
     bits,
     block_codec,
     max_pool,
@@ -36,15 +35,18 @@ from spectriton.reference.transform import Products, products, turns
 from spectriton.reference.unpack import fill_mirrors
 from spectriton_native import Part
 
+# Activations that are a part of the functions.
+_KINDS = ("identity", "tanh")
+
 
 class NativeBackend(Backend):
     """See the module's text."""
 
     name = "native"
 
-    def by_bits(self, dtype: torch.dtype) -> bool:
+    def by_bits(self, dtype: torch.dtype, kind: str = "identity") -> bool:
         """Where the functions take it."""
-        return dtype == torch.float32
+        return dtype == torch.float32 and kind in _KINDS
 
     def plane_arrays(self, grid: FrequencyGrid, dtype: torch.dtype, repacked: bool) -> int:
         """As the reference's where it does the work."""
@@ -97,7 +99,7 @@ class NativeBackend(Backend):
         if not _takes(y, out, bitmap, offsets) or out.dtype != torch.float32:
             return reference.gather_rows(y, bitmap, offsets, rows, t0, out, pattern)
         t1 = t0 + y.shape[1] // (bitmap.shape[2] * 8)
-        native.gather_rows(Part.of(bitmap, rows, t0, t1, offsets, out.shape[0]), y, out)
+        native.store_rows(Part.of(bitmap, rows, t0, t1, offsets, out.shape[0]), y, out)
         return out
 
     def count_moduli(self, y: Tensor, guard: int, shift: int, counts: Tensor) -> None:
@@ -122,38 +124,50 @@ class NativeBackend(Backend):
         """As the reference's, but that squares of moduli are compared."""
         if not _takes(y, bitmap):
             return reference.compact_rows(y, length, threshold, rows, t0, bitmap, kind, scale, channels)
-        tile = bitmap.shape[2] * 8
-        t1 = t0 + y.shape[1] // tile
-        if isinstance(threshold, Tensor):
-            threshold = threshold.to(y.dtype)
-        starts, kept = native.threshold_rows(Part.of(bitmap, rows, t0, t1), y, length, threshold)
-        chunk = Part.of(bitmap, rows, t0, t1, starts, kept, local=True)
-        out = y.new_empty(kept, 2)
-        native.gather_rows(chunk, y, out)
+        kept = self.pack_chunk(y, length, threshold, rows, t0, bitmap, y.new_empty(0), y.dtype)
         if kind == "identity":
-            return out
+            return kept
         of_kept = None
         if scale is not None:
-            of_kept = y.new_empty(kept)
+            tile = bitmap.shape[2] * 8
+            part = Part.of(bitmap, rows, t0, t0 + y.shape[1] // tile)
+            chunk = part.with_offsets(native.tile_starts(part)[0], kept.shape[0])
+            of_kept = y.new_empty(kept.shape[0])
             native.gather_channels(chunk, scale.to(y.dtype), t0 * tile, of_kept)
-        if kind == "tanh":
-            native.activate_tanh(out, of_kept)
-            return out
-        return activate(out, kind, None if of_kept is None else of_kept[:, None])
+        return activate(kept, kind, None if of_kept is None else of_kept[:, None])
 
-    def to_format(
+    def pack_chunk(
         self,
-        kept: Tensor,
-        bitmap: Tensor,
+        y: Tensor,
+        length: int,
+        threshold: float | Tensor,
         rows: slice | Tensor,
-        tiles: slice,
+        t0: int,
+        bitmap: Tensor,
+        scales: Tensor,
         dtype: torch.dtype,
-        seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        kind: str = "identity",
+        scale: Tensor | None = None,
+        channels: int = 1,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """As the reference's, in two passes over the chunk, and without temporaries."""
+        if not (_takes(y, bitmap, scales) and dtype in native.FORMATS and kind in _KINDS and seed is None):
+            return super().pack_chunk(
+                y, length, threshold, rows, t0, bitmap, scales, dtype, kind, scale, channels, seed
+            )
+        if isinstance(threshold, Tensor):
+            threshold = threshold.to(y.dtype)
+        part = Part.of(bitmap, rows, t0, t0 + y.shape[1] // (bitmap.shape[2] * 8))
+        starts, count = native.threshold_rows(part, y, length, threshold)
+        values = torch.empty(count, *(() if dtype == torch.uint8 else (2,)), dtype=dtype)
+        numbers = None if scale is None or kind == "identity" else scale.to(y.dtype)
+        native.store_rows(part.with_offsets(starts, count), y, values, scales, kind == "tanh", numbers)
+        return values
+
+    def tile_starts(self, bitmap: Tensor) -> Tensor:
         """As the reference's."""
-        if dtype.is_floating_point or seed is not None or not _takes(kept, bitmap):
-            return reference.to_format(kept, bitmap, rows, tiles, dtype, seed)
-        return _quantised(kept, native.tile_starts(Part.of(bitmap, rows, tiles.start, tiles.stop))[0], dtype)
+        return native.tile_starts(Part.of(bitmap, slice(0, bitmap.shape[0]), 0, bitmap.shape[1]))[0]
 
     def store_rows(
         self,
@@ -167,20 +181,11 @@ class NativeBackend(Backend):
         t0: int = 0,
     ) -> None:
         """As the reference's."""
-        if not _takes(y, values, bitmap, offsets):
+        if not (_takes(y, values, scales, bitmap, offsets) and values.dtype in native.FORMATS):
             reference.store_rows(y, bitmap, offsets, rows, values, scales, pattern, t0)
             return
-        if values.dtype == y.dtype:
-            self.gather_rows(y, bitmap, offsets, rows, t0, values)
-            return
         t1 = t0 + y.shape[1] // (bitmap.shape[2] * 8)
-        starts, count = native.tile_starts(Part.of(bitmap, rows, t0, t1))
-        kept = y.new_empty(count, 2)
-        native.gather_rows(Part.of(bitmap, rows, t0, t1, starts, count, local=True), y, kept)
-        if scales.numel():
-            kept, scales[rows, t0:t1] = _quantised(kept, starts, values.dtype)
-        part = Part.of(bitmap, rows, t0, t1, offsets, values.shape[0])
-        native.place_values(part, kept.to(values.dtype), starts, values)
+        native.store_rows(Part.of(bitmap, rows, t0, t1, offsets, values.shape[0]), y, values, scales)
 
     def reorder(self, values: Tensor, starts: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
         """As the reference's."""
@@ -304,32 +309,16 @@ class NativeBackend(Backend):
         index: TileIndex | None,
     ) -> Tensor | None:
         """As the reference's."""
-        if index is None or not index.ordered or not _takes(out, grad, values, scales, bitmap, offsets):
+        if kind not in _KINDS or not _takes(out, grad, values, scales, bitmap, offsets):
             return super().unpack_gradient_rows(
                 grad, values, scales, bitmap, offsets, rows, kind, scale, channels, out, index
             )
-        tiles = offsets.shape[1]
-        first = int(index.starts[rows.start, 0]) if rows.stop > rows.start else 0
-        last = first + int(index.counts[rows].sum())
-        kept, grad_scale = grad[first:last], None
-        chunk = Part.of(bitmap, rows, 0, tiles, offsets, last - first, base=first)
-        if kind != "identity":
-            output, of_kept = values[first:last], None
-            if values.dtype.is_floating_point:
-                output = output.to(out.dtype)
-            else:
-                output = torch.empty_like(kept)
-                native.read_rows(Part.of(bitmap, rows, 0, tiles, offsets, last), values, scales, first, output)
-            if scale is not None:
-                of_kept = kept.new_empty(last - first)
-                native.gather_channels(chunk, scale.to(out.dtype), 0, of_kept)
-            kept, terms = _activate_backward(kept, output, kind, of_kept)
-            if terms is not None:
-                sums = out.new_zeros(out.shape[1], 2)
-                native.sum_rows(chunk, terms, sums)
-                grad_scale = sums[: out.shape[1] // channels * channels].view(-1, channels, 2).sum((0, 2))
-        native.expand_rows(chunk, kept.contiguous(), scales, out)
-        return grad_scale
+        part = Part.of(bitmap, rows, 0, offsets.shape[1], offsets, grad.shape[0])
+        if kind == "identity":
+            native.expand_rows(part, grad, scales, out)
+            return None
+        numbers = None if scale is None else scale.to(out.dtype)
+        return native.unpack_gradient_rows(part, grad, values, scales, numbers, out)
 
     def pool_across(
         self,
@@ -568,15 +557,6 @@ class NativeBackend(Backend):
         out = torch.empty(shape, memory_format=_format(channels_last))
         native.spread_maxima(native.Pooling.of(out, above, window, channels_last), above, codes, out)
         return out
-
-
-def _activate_backward(grad: Tensor, output: Tensor, kind: str, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """As the reference's, for scales ``(n,)``."""
-    if kind != "tanh":
-        return activate_backward(grad, output, kind, None if scales is None else scales[:, None])
-    kept, terms = torch.empty_like(grad), None if scales is None else torch.empty_like(grad)
-    native.tanh_backward(grad, output.contiguous(), scales, kept, terms)
-    return kept, terms
 
 
 def _order(x: Tensor) -> bool | None:

@@ -4,8 +4,8 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 (stored values in any format) on the CPU, contiguous, and check nothing but that values are where offsets say.
 """
 
+from spectriton_native._call import FORMATS
 from spectriton_native.across import pool_across, spread_across
-from spectriton_native.activation import activate_tanh, tanh_backward
 from spectriton_native.blocks import Coding, decode_blocks, encode_blocks
 from spectriton_native.dense import (
     Pooling,
@@ -27,19 +27,19 @@ from spectriton_native.rows import (
     count_moduli,
     expand_rows,
     gather_channels,
-    gather_rows,
     index_tiles,
     move_runs,
-    place_values,
     quantise,
-    read_rows,
+    store_rows,
     sum_rows,
     threshold_rows,
     tile_starts,
+    unpack_gradient_rows,
 )
 from spectriton_native.transform import LARGEST_SIDE, Turns, gather_maps, rows_of_maps, unpack_maps
 
 __all__ = [
+    "FORMATS",
     "LARGEST_SIDE",
     "Classes",
     "Coding",
@@ -47,7 +47,6 @@ __all__ = [
     "Pooling",
     "Turns",
     "Unavailable",
-    "activate_tanh",
     "channel_means",
     "clear_outside",
     "combine_kept",
@@ -59,27 +58,25 @@ __all__ = [
     "fit_blocks",
     "gather_channels",
     "gather_maps",
-    "gather_rows",
     "index_tiles",
     "move_runs",
-    "place_values",
     "plan_blocks",
     "pool_across",
     "pool_maxima",
     "pool_maxima_again",
     "quantise",
-    "read_rows",
     "rebuild",
     "rectify",
     "rectify_again",
     "rows_of_maps",
     "spread_across",
     "spread_maxima",
+    "store_rows",
     "sum_kept",
     "sum_rows",
-    "tanh_backward",
     "threshold_rows",
     "tile_starts",
+    "unpack_gradient_rows",
     "unpack_maps",
     "why_unavailable",
 ]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectriton_native._call import FORMATS, call, check_complete
 
+_GROUPS = 16  # of rows that csrc/rows.c adds up apart
+
 
 class Part(ctypes.Structure):
     """A range of the rows and tiles of a packed spectrum, as the C functions take it. See :func:`Part.of`."""
 
+    held: tuple[Tensor | None, ...]  # as long as there are pointers to them
     _fields_ = (
         ("bitmap", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
@@ -61,9 +66,15 @@ class Part(ctypes.Structure):
             base,
             limit,
         )
-        part.held = (bitmap, offsets, numbers)  # as long as there are pointers to them
+        part.held = (bitmap, offsets, numbers)
         part.positions = (t1 - t0) * bitmap.shape[2] * 8
         return part
+
+    def with_offsets(self, offsets: Tensor, limit: int) -> Part:
+        """This part, with offsets of its own, ``(Fc, t1 - t0)``."""
+        self.offsets, self.limit, self.local = offsets.data_ptr(), limit, True
+        self.held = (*self.held, offsets)
+        return self
 
     def tiles_of(self) -> tuple[int, int]:
         """``(Fc, t1 - t0)``."""
@@ -75,9 +86,56 @@ def expand_rows(part: Part, values: Tensor, scales: Tensor, out: Tensor) -> None
     check_complete(call("expand_rows", part, values, FORMATS[values.dtype], scales, out, result=ctypes.c_int))
 
 
-def gather_rows(part: Part, y: Tensor, out: Tensor) -> None:
-    """Writes ``out`` ``(N, 2)`` where the pattern keeps pairs of the chunk ``y`` ``(Fc, positions, 2)``."""
-    check_complete(call("gather_rows", part, y, out, result=ctypes.c_int))
+def store_rows(
+    part: Part,
+    y: Tensor,
+    values: Tensor,
+    scales: Tensor | None = None,
+    active: bool = False,
+    numbers: Tensor | None = None,
+) -> None:
+    """Writes stored ``values`` where the pattern keeps pairs of the chunk ``y`` ``(Fc, positions, 2)``.
+
+    Args:
+        part: rows and tiles.
+        y: the chunk.
+        values: in any format.
+        scales: ``(F, T)``, written for the tiles of the part where values are integers.
+        active: store ``s tanh(x / s)`` of both parts.
+        numbers: ``(C,)``, the s of each channel; one where left out.
+    """
+    table, channels = (None, 1) if numbers is None else (_by_eights(numbers), numbers.numel())
+    given = (part, y, table, channels, int(active), values, FORMATS[values.dtype], scales)
+    check_complete(call("store_rows", *given, result=ctypes.c_int))
+
+
+def unpack_gradient_rows(
+    part: Part, grad: Tensor, values: Tensor, scales: Tensor, numbers: Tensor | None, out: Tensor
+) -> Tensor | None:
+    """Writes all of ``out`` ``(Fc, positions, 2)``: the gradient behind :func:`store_rows` where that was ``active``.
+
+    Args:
+        part: rows and tiles.
+        grad: ``(N, 2)``, of the stored values.
+        values: what was stored.
+        scales: ``(F, T)``, of integers.
+        numbers: as they were.
+        out: zero where nothing is kept.
+
+    Returns:
+        The gradient of ``numbers``, of this part.
+    """
+    format = FORMATS[values.dtype]
+    if numbers is None:
+        given: tuple[Any, ...] = (None, 1, None, None)
+    else:
+        table = _by_eights(numbers)
+        sums = torch.zeros(_GROUPS, table.numel(), dtype=torch.float64)
+        given = (table, numbers.numel(), sums, torch.empty(numbers.shape))
+    missing = call("unpack_gradient_rows", part, grad, values, format, scales, *given, out, result=ctypes.c_int)
+    check_complete(missing)
+    result: Tensor | None = given[3]
+    return result
 
 
 def index_tiles(bitmap: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, bool, int]:
@@ -88,9 +146,9 @@ def index_tiles(bitmap: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, bool, 
     return counts, starts, bool(ordered), int(filled)
 
 
-def _going_on(numbers: Tensor) -> Tensor:
-    """``(C + 8,)`` or more: numbers of channels ``(C,)``, and from the start again."""
-    return torch.cat((numbers,) * (2 + 7 // numbers.numel()))  # repeat() takes ten times as long
+def _by_eights(numbers: Tensor) -> Tensor:
+    """Numbers of channels ``(C,)``, as often as it takes to fill whole eights."""
+    return torch.cat((numbers,) * (8 // gcd(numbers.numel(), 8)))  # repeat() takes ten times as long
 
 
 def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor) -> tuple[Tensor, int]:
@@ -104,7 +162,7 @@ def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor
     starts = torch.empty(part.tiles_of(), dtype=torch.int32)
     bounds, channels, bound = None, 1, 0.0
     if isinstance(threshold, Tensor):
-        bounds, channels = _going_on(threshold.square()), threshold.numel()
+        bounds, channels = _by_eights(threshold.square()), threshold.numel()
     else:
         bound = float(threshold * threshold)  # a power that is too large is an error
     return starts, call("threshold_rows", part, y, length, bounds, channels, bound, starts, result=ctypes.c_int64)
@@ -124,9 +182,9 @@ def tile_starts(part: Part) -> tuple[Tensor, int]:
 def gather_channels(part: Part, numbers: Tensor, first: int, out: Tensor) -> None:
     """Writes ``out`` ``(N,)``: for each value the one of ``numbers`` ``(C,)`` that belongs to its channel.
 
-    ``first`` is the channel of the first position, or that and a multiple of ``C``.
+    ``first`` is the place of the first position in its row, a multiple of eight.
     """
-    given = (_going_on(numbers), numbers.numel(), first)
+    given = (_by_eights(numbers), numbers.numel(), first)
     check_complete(call("gather_channels", part, *given, out, result=ctypes.c_int))
 
 
@@ -135,21 +193,10 @@ def sum_rows(part: Part, pairs: Tensor, sums: Tensor) -> None:
     check_complete(call("sum_rows", part, pairs, sums, result=ctypes.c_int))
 
 
-def read_rows(part: Part, values: Tensor, scales: Tensor, first: int, out: Tensor) -> None:
-    """Writes ``out`` ``(n, 2)``: stored values that follow each other from ``first`` on."""
-    check_complete(call("read_rows", part, values, FORMATS[values.dtype], scales, first, out, result=ctypes.c_int))
-
-
 def quantise(kept: Tensor, starts: Tensor, out: Tensor, scales: Tensor, noise: Tensor | None = None) -> None:
     """See :func:`spectriton.reference.quantise`; tiles begin at ``starts``, and ``scales`` are written for them."""
     levels = 127 if out.dtype == torch.int8 else 7
     call("quantise", kept, starts, starts.numel(), kept.shape[0], levels, noise, out, scales)
-
-
-def place_values(part: Part, values: Tensor, starts: Tensor, out: Tensor) -> None:
-    """Writes ``values``, those of a tile from its entry of ``starts`` on, to where the pattern has them in ``out``."""
-    size = values.element_size() * (1 if values.ndim == 1 else 2)
-    check_complete(call("place_values", part, values, starts, size, out, result=ctypes.c_int))
 
 
 def move_runs(values: Tensor, begin: Tensor, target: Tensor, sizes: Tensor, out: Tensor) -> None:

@@ -79,7 +79,7 @@ class Packer:
         shape = (sizes.frequencies, sizes.tiles)
         self.scales = torch.zeros(shape if value_dtype in QUANTISED else 0, dtype=torch.float32, device=device)
         self._pieces: list[Tensor] = []
-        self._tiles: list[slice] = []
+        self._tiles: list[tuple[int, int]] = []  # the first of each piece, and how many
 
     def append(
         self,
@@ -91,15 +91,12 @@ class Packer:
         t0: int = 0,
     ) -> None:
         """Threshold, activate and pack ``y`` ``(Fc, Tc * tile, 2)``: the frequencies ``rows``, tiles from ``t0`` on."""
-        sizes = self.sizes
-        primitives = self._primitives
-        kept = primitives.compact_rows(y, sizes.row, threshold, rows, t0, self.bitmap, kind, scale, sizes.channels)
-        tiles = slice(t0, t0 + y.shape[1] // sizes.tile)
-        kept, scales = primitives.to_format(kept, self.bitmap, rows, tiles, self.value_dtype, self.seed)
-        if scales is not None:
-            self.scales[rows, tiles] = scales
+        sizes, chosen = self.sizes, (self.bitmap, self.scales, self.value_dtype)
+        kept = self._primitives.pack_chunk(
+            y, sizes.row, threshold, rows, t0, *chosen, kind, scale, sizes.channels, self.seed
+        )
         self._pieces.append(kept)
-        self._tiles.append(tiles)
+        self._tiles.append((t0, y.shape[1] // sizes.tile))
 
     def finish(self) -> Packed:
         """The packed tensors; the values stand in row order."""
@@ -107,11 +104,9 @@ class Packer:
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         del pieces
         check_kept(values.shape[0])
-        counts: NDArray[np.int64] = tile_counts(self.bitmap).cpu().numpy()
-        starts = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
-        if len(set(map(str, self._tiles))) > 1:
-            values = self._in_row_order(values, counts)
-        offsets = torch.from_numpy(starts.astype(np.int32)).to(values.device)
+        offsets = self._primitives.tile_starts(self.bitmap)
+        if len(set(self._tiles)) > 1:
+            values = self._in_row_order(values)
         return Packed(make_edge(values.shape[0], self.dtype, values.device), values, self.scales, self.bitmap, offsets)
 
     def _room(self, count: int) -> Tensor:
@@ -119,10 +114,12 @@ class Packer:
         pairs = (2,) if self.value_dtype != torch.uint8 else ()
         return torch.empty(count, *pairs, dtype=self.value_dtype, device=self.bitmap.device)
 
-    def _in_row_order(self, values: Tensor, counts: NDArray[np.int64]) -> Tensor:
+    def _in_row_order(self, values: Tensor) -> Tensor:
         """Values that came as columns of tiles, all frequencies of one column before those of the next."""
+        counts: NDArray[np.int64] = tile_counts(self.bitmap).cpu().numpy()
         starts, first = np.empty_like(counts), 0
-        for tiles in self._tiles:
+        for t0, some in self._tiles:
+            tiles = slice(t0, t0 + some)
             column = counts[:, tiles]
             running = np.cumsum(column)
             starts[:, tiles] = (running - column.ravel()).reshape(column.shape) + first

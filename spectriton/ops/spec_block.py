@@ -110,8 +110,8 @@ class _Walk:
         weight: taps.
         inputs: the fields of the packed inputs, see :data:`_Inputs`.
         dtype: real precision of the computation.
+        kind: of the activation.
         kept_out: coefficients kept in the output, where it is there already.
-        active: whether there is an activation.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class _Walk:
         weight: Tensor,
         inputs: _Inputs,
         dtype: torch.dtype,
+        kind: str,
         kept_out: int | None = None,
-        active: bool = True,
     ) -> None:
         batch, height, width = settings.shape
         device = weight.device
@@ -144,8 +144,9 @@ class _Walk:
         item, fold = 2 * dtype.itemsize, self.stride[0] * self.stride[1]
         # Each coefficient of a chunk stands there once; one that is kept takes its position (8 bytes) and a few values
         # on its way: read from the input; activated and stored in forward; derived and scaled in backward. Bit by bit
-        # it goes from one place to the other.
+        # it goes from one place to the other, and in forward it is stored.
         by_bits = self.primitives.by_bits(dtype) and self.folds is None
+        fused = by_bits and self.primitives.by_bits(dtype, kind)
         conjugated = 0 if kept_out is None else item  # a copy, for the gradient of the taps
         share, of_inputs = 0.0, 0.0
         for source in self.sources:
@@ -154,8 +155,8 @@ class _Walk:
             of_inputs += fold * (item + (conjugated if by_bits else share * (8 + 2 * item))) * sizes.padded_row
         if kept_out is None:
             # About as many kept as in the input, at a guess; but no fewer than a quarter.
-            per_output = item + 1 + max(share, 0.25) * (2 * item if by_bits and not active else 8 + 3 * item)
-        elif by_bits and not active:
+            per_output = item + 1 + max(share, 0.25) * (item if fused else 8 + 3 * item)
+        elif fused:
             per_output = item
         else:
             per_output = item + kept_out / max(1, outputs.frequencies * outputs.row) * (16 + 6 * item)
@@ -327,7 +328,7 @@ def _spec_block(
     """
     dtype = edges[0].dtype
     settings = _Settings(shape, channels, stride, (dilation[0], dilation[1]), groups, workspace)
-    walk = _Walk(settings, weight, (values, scales, bitmaps, offsets), dtype, active=kind != "identity")
+    walk = _Walk(settings, weight, (values, scales, bitmaps, offsets), dtype, kind)
     rows = walk.outputs.frequencies
     if threshold > 0 or density >= 0:
         # Where nothing comes in nothing goes out, and zero is below any threshold; the bias needs frequency zero.
@@ -407,7 +408,7 @@ def _spec_block_backward(
     dtype = grad.dtype
     settings = _Settings(shape, channels, stride, (dilation[0], dilation[1]), groups, workspace)
     inputs = (values, scales, bitmaps, offsets)
-    walk = _Walk(settings, weight, inputs, dtype, out_values.shape[0], active=kind != "identity")
+    walk = _Walk(settings, weight, inputs, dtype, kind, out_values.shape[0])
     primitives, mixing = walk.primitives, walk.mixing
     out_packed = (out_values, out_scales, out_bitmap, out_offsets)
     out_index = primitives.tile_index(out_bitmap, out_offsets)

@@ -26,7 +26,7 @@ from spectriton.reference.pack import (
     reorder,
     to_format,
 )
-from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_index
+from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_index, tile_starts
 from spectriton.reference.rounding import ROUNDINGS, copy_in_range, make_seed, seed_of, stochastic_cast, uniform
 from spectriton.reference.spectral_activation import (
     ACTIVATIONS,
@@ -90,6 +90,7 @@ __all__ = [
     "taps_matrix",
     "taps_of_matrix",
     "tile_index",
+    "tile_starts",
     "to_format",
     "uniform",
     "unpack_codes",

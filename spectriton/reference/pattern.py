@@ -77,6 +77,12 @@ def tile_counts(bitmap: Tensor) -> Tensor:
     return from_bits(bitmap).sum(-1)
 
 
+def tile_starts(bitmap: Tensor) -> Tensor:
+    """int32 ``(F, T)``: where the values of each tile of a bitmap ``(F, T, tile / 8)`` begin, in row order."""
+    counts = tile_counts(bitmap)
+    return (torch.cumsum(counts.flatten(), 0).view_as(counts) - counts).to(torch.int32)
+
+
 def tile_index(bitmap: Tensor, offsets: Tensor) -> TileIndex:
     """The :class:`TileIndex` of a packed spectrum; ``bitmap`` ``(F, T, tile / 8)``, ``offsets`` ``(F, T)``."""
     counts: NDArray[np.int64] = tile_counts(bitmap).cpu().numpy()

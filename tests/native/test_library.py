@@ -349,7 +349,7 @@ def test_threads_change_nothing() -> None:
             part = Part.of(given.bitmap, rows, 0, tiles, given.offsets, given.values.shape[0])
             dense, kept, sums = Room(9, tiles * 1024, 2), Room(*given.values.shape), Room(tiles * 1024, 2)
             native.expand_rows(part, given.values, given.scales, dense.tensor)
-            native.gather_rows(part, dense.tensor, kept.tensor)
+            native.store_rows(part, dense.tensor, kept.tensor)
             sums.tensor.zero_()
             native.sum_rows(part, given.values, sums.tensor)
             bitmap = given.bitmap.clone()
@@ -362,7 +362,7 @@ def test_threads_change_nothing() -> None:
             assert 0 < count < given.bitmap.numel() * 8
             given.offsets[8, 1] += 1 << 30  # found by whichever thread
             with pytest.raises(ValueError, match="offsets beyond its values"):
-                native.gather_rows(part, dense.tensor, kept.tensor)
+                native.store_rows(part, dense.tensor, kept.tensor)
             given.offsets[8, 1] -= 1 << 30
     finally:
         torch.set_num_threads(before)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import spectriton_native as native
 from spectriton import reference
+from spectriton._backend import Backend
 from spectriton._native import NativeBackend
 from spectriton.reference.pattern import from_bits, tile_counts
-from spectriton.reference.unpack import read_values
 from spectriton_native import Part
 from tests.native.spectra import FORMATS, SIZES, Room, Spectrum, identical, parts_of, spectrum
 
@@ -62,16 +62,43 @@ def test_expand_rows(size: tuple[int, int, int], dtype: torch.dtype) -> None:
             assert identical(room.tensor, expected.tensor) and room.guarded
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("size", SIZES)
-def test_gather_rows(size: tuple[int, int, int]) -> None:
-    given = spectrum(*size)
-    for rows, t0, t1 in parts_of(given):
-        y = chunk(given, rows, t0, t1)
-        room, expected = Room(*given.values.shape), Room(*given.values.shape)
-        native.gather_rows(part_of(given, rows, t0, t1), y, room.tensor)
-        # What the pattern does not keep stays as it is, in gaps between tiles, too.
-        reference.gather_rows(y, given.bitmap, given.offsets, rows, t0, expected.tensor)
-        assert identical(room.tensor, expected.tensor) and room.guarded
+def test_store_rows(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    for density in (0.0, 0.05, 0.6, 1.0):
+        given = spectrum(*size, dtype, density)
+        for rows, t0, t1 in parts_of(given):
+            y = chunk(given, rows, t0, t1)
+            y[: len(y) // 2] = y[: len(y) // 2].nan_to_num(1e-6, 6e4, -2.0)  # scales of integers are numbers there
+            results = []
+            for store_rows in (NativeBackend().store_rows, reference.store_rows):
+                room = Room(*given.values.shape, dtype=dtype)
+                scales = Room(*given.scales.shape)
+                store_rows(y, given.bitmap, given.offsets, rows, room.tensor, scales.tensor, t0=t0)
+                assert room.guarded and scales.guarded
+                results.append((room.tensor, scales.tensor))
+            # What the pattern does not keep stays as it is, in gaps between tiles, too.
+            assert all(identical(got, expected) for got, expected in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_rounded_as_by_torch(dtype: torch.dtype) -> None:
+    """Numbers of all exponents, next to what lies between two halves and to the ends of their range."""
+    exact = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    patterns = exact.view(torch.int32)
+    middle = patterns + (1 << 12 if dtype == torch.float16 else 1 << 15)
+    subnormal = (torch.arange(5000) * 2**-26).view(torch.int32)
+    ends = torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 3.4e38, 1e-45, 2**-25, 2**-14]).view(torch.int32)
+    numbers = torch.cat([near + d for near in (patterns, middle, subnormal, ends) for d in (-1, 0, 1)]).view(
+        torch.float32
+    )
+    tiles = -(-numbers.numel() // 128)
+    y = torch.zeros(1, tiles * 64, 2)
+    y.view(-1)[: numbers.numel()] = numbers
+    bitmap = torch.full((1, tiles, 8), 255, dtype=torch.uint8)
+    room = Room(tiles * 64, 2, dtype=dtype)
+    native.store_rows(Part.of(bitmap, slice(0, 1), 0, tiles, reference.tile_starts(bitmap), tiles * 64), y, room.tensor)
+    assert identical(room.tensor, y[0].to(dtype)) and room.guarded
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -83,7 +110,7 @@ def test_offsets_of_the_part_only(size: tuple[int, int, int]) -> None:
         y = chunk(given, rows, t0, t1)
         local = Part.of(given.bitmap, rows, t0, t1, starts + 5, total, base=5, local=True)
         kept, back = Room(total, 2), Room(*y.shape)
-        native.gather_rows(local, y, kept.tensor)
+        native.store_rows(local, y, kept.tensor)
         mask = kept_of(given, rows, t0, t1).view(y.shape[:2])
         assert identical(kept.tensor, y[mask]) and kept.guarded
         native.expand_rows(local, kept.tensor, given.scales, back.tensor)
@@ -191,23 +218,6 @@ def test_sum_rows(size: tuple[int, int, int]) -> None:
         assert identical(room.tensor, expected) and room.guarded
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("size", SIZES)
-def test_read_rows(size: tuple[int, int, int], dtype: torch.dtype) -> None:
-    given = spectrum(*size, dtype)
-    for rows, t0, t1 in parts_of(given):
-        counts, starts, total = tight(given, rows, t0, t1)
-        offsets = torch.zeros_like(given.offsets)  # of the part: in order, from 3 on
-        offsets[rows, t0:t1] = starts + 3
-        room = Room(total, 2)
-        part = Part.of(given.bitmap, rows, t0, t1, offsets, 3 + total)
-        native.read_rows(part, given.values, given.scales, 3, room.tensor)
-        pattern = reference.RowPattern(torch.empty(0), slice(3, 3 + total), counts)
-        scales = given.scales[rows, t0:t1] if given.scales.numel() else given.scales
-        expected = read_values(given.values, given.scales, pattern, scales, torch.float32)
-        assert identical(room.tensor, expected) and room.guarded
-
-
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 @pytest.mark.parametrize("counts", [[], [0, 0], [1], [5, 0, 3, 600, 1, 0], [1024, 256, 255, 257]])
@@ -242,19 +252,6 @@ def test_quantise_rounds_halves_to_even(dtype: torch.dtype, levels: int) -> None
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("size", SIZES)
-def test_place_values(size: tuple[int, int, int], dtype: torch.dtype) -> None:
-    given = spectrum(*size, dtype)
-    for rows, t0, t1 in parts_of(given):
-        _, starts, total = tight(given, rows, t0, t1)
-        values, room, expected = given.values[:total].clone(), *(Room(*given.values.shape, dtype=dtype) for _ in "ab")
-        native.place_values(part_of(given, rows, t0, t1), values, starts, room.tensor)
-        slots = reference.row_pattern(given.bitmap, given.offsets, rows, t0, t1).slots
-        expected.tensor[slots] = values
-        assert identical(room.tensor, expected.tensor) and room.guarded
-
-
-@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_move_runs(count: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
@@ -269,11 +266,16 @@ def test_move_runs(count: int, dtype: torch.dtype) -> None:
     assert identical(room.tensor, reference.reorder(values, begin, sizes, target)) and room.guarded
 
 
+def unpack_gradient(part: Part, given: Spectrum) -> None:
+    out = torch.empty(*part.tiles_of(), given.tile, 2)
+    native.unpack_gradient_rows(part, torch.zeros(given.values.shape), given.values, given.scales, torch.ones(3), out)
+
+
 WITH_OFFSETS: dict[str, Callable[[Part, Spectrum], None]] = {
     "expand_rows": lambda part, given: native.expand_rows(
         part, given.values, given.scales, torch.empty(*part.tiles_of(), given.tile, 2)
     ),
-    "gather_rows": lambda part, given: native.gather_rows(
+    "store_rows": lambda part, given: native.store_rows(
         part, torch.zeros(*part.tiles_of(), given.tile, 2), given.values
     ),
     "gather_channels": lambda part, given: native.gather_channels(
@@ -282,12 +284,7 @@ WITH_OFFSETS: dict[str, Callable[[Part, Spectrum], None]] = {
     "sum_rows": lambda part, given: native.sum_rows(
         part, given.values, torch.zeros(part.tiles_of()[1] * given.tile, 2)
     ),
-    "read_rows": lambda part, given: native.read_rows(
-        part, given.values, given.scales, 0, torch.empty(given.values.shape)
-    ),
-    "place_values": lambda part, given: native.place_values(
-        part, given.values, torch.zeros(part.tiles_of(), dtype=torch.int32), given.values.clone()
-    ),
+    "unpack_gradient_rows": unpack_gradient,
 }
 
 
@@ -303,14 +300,6 @@ def test_offsets_beyond_the_values_are_reported(name: str, offset: str) -> None:
     WITH_OFFSETS[name](part_of(given, slice(0, 3), 0, 3), given)
 
 
-def test_values_before_the_first_are_reported() -> None:
-    given = spectrum(2, 32, 32, density=1.0)
-    with pytest.raises(ValueError, match="offsets beyond its values"):
-        native.read_rows(
-            part_of(given, slice(0, 2), 0, 1), given.values, given.scales, 40, torch.empty(given.values.shape)
-        )
-
-
 def test_an_empty_tile_may_have_any_offset() -> None:
     given = spectrum(3, 40, 32)
     assert not given.bitmap[2, 0].any()
@@ -321,26 +310,44 @@ def test_an_empty_tile_may_have_any_offset() -> None:
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("kind", ["identity", "tanh", "softsign"])
 @pytest.mark.parametrize("channels", [1, 5, 32])
-@pytest.mark.parametrize("t0", [0, 2])
-def test_pack_rows_by_the_backend(t0: int, channels: int, dtype: torch.dtype) -> None:
-    """Thresholds and scales of channels that do not divide a tile, from a tile inside on."""
+def test_pack_chunk(channels: int, kind: str, dtype: torch.dtype) -> None:
+    """Thresholds and scales of channels that do not divide a tile, of all tiles and from one inside on."""
     frequencies, tile, tiles, planes = 4, 32, 5, 150
-    y = torch.randn(frequencies - 1, (tiles - t0) * tile, 2, generator=torch.Generator().manual_seed(5))
-    rows = torch.tensor([0, 1, 3])
     threshold, scale = torch.linspace(0.5, 1.5, channels), torch.linspace(1.0, 2.0, channels)
-    results = []
-    for pack_rows in (reference.pack_rows, NativeBackend().pack_rows):
-        bitmap = torch.zeros(frequencies, tiles, tile // 8, dtype=torch.uint8)
-        offsets, cursor = torch.zeros(frequencies, tiles, dtype=torch.int32), torch.tensor([3])
-        values = torch.zeros(*((700,) if dtype == torch.uint8 else (700, 2)), dtype=dtype)
-        scales = torch.zeros(frequencies, tiles)
-        target = (bitmap, offsets, values, cursor)
-        pack_rows(y, planes, threshold, rows, t0, *target, "tanh", scale, channels, scales)
-        results.append((*target, scales))
-    assert int(cursor) > 200
-    for got, expected in zip(*results, strict=True):
-        assert identical(got, expected)
+    for t0, rows in ((0, slice(0, 4)), (2, slice(1, 3)), (2, torch.tensor([0, 1, 3]))):
+        y = torch.randn(count_of(rows), (tiles - t0) * tile, 2, generator=torch.Generator().manual_seed(5))
+        y[:, 3::50] = torch.tensor([torch.nan, 2.0])
+        for of_channels in (None, scale):
+            results = []
+            for backend in (Backend(), NativeBackend()):
+                bitmap, scales = torch.zeros(frequencies, tiles, tile // 8, dtype=torch.uint8), torch.zeros(0)
+                if not dtype.is_floating_point:
+                    scales = torch.full((frequencies, tiles), 7.0)
+                chosen = (rows, t0, bitmap, scales, dtype, kind, of_channels, channels)
+                results.append((bitmap, scales, backend.pack_chunk(y, planes, threshold, *chosen)))
+            (*pattern, values), (*expected_pattern, expected) = results[1], results[0]
+            if kind != "tanh":
+                assert identical(values, expected)
+            elif dtype == torch.uint8:
+                assert (values != expected).float().sum() < 3  # next to the middle of two
+            else:
+                close = {"rtol": 2e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+                torch.testing.assert_close(values.float(), expected.float(), equal_nan=True, **close)
+            for got, wanted in zip(pattern, expected_pattern, strict=True):
+                torch.testing.assert_close(got, wanted, equal_nan=True)
+            assert values.shape[0] > 50
+
+
+def test_pack_chunk_rounds_stochastically_as_the_reference() -> None:
+    y, seed = torch.randn(3, 64, 2, generator=torch.Generator().manual_seed(6)), torch.tensor(9)
+    for dtype in (torch.bfloat16, torch.int8):
+        results = []
+        for backend in (Backend(), NativeBackend()):
+            bitmap, scales = torch.zeros(3, 2, 4, dtype=torch.uint8), torch.zeros(3, 2)
+            results.append(backend.pack_chunk(y, 60, 0.5, slice(0, 3), 0, bitmap, scales, dtype, seed=seed))
+        assert identical(*results)
 
 
 def test_numbers_of_rows_with_gaps_between_them_in_memory() -> None:

@@ -124,29 +124,16 @@ INLINE int list_fields(const Coding *c, Fields *f)
 }
 /* -- maps ---------------------------------------------------------------------------------------------------------- */
 
-/* The nearest number of eleven bits; what is finite stays so. */
-INLINE uint16_t half_of_float(float number)
-{
-    const uint32_t sign = to_bits(number) >> 16 & 0x8000;
-    const float modulus = fabsf(number), size = modulus > 65504 && modulus < INFINITY ? 65504 : modulus;
-    const uint32_t bits = to_bits(size);
-    if (!(size < INFINITY))
-        return (uint16_t)(sign | (size == size ? 0x7c00 : 0x7e00));
-    if (size < 0x1p-14f) /* below the normal range: a whole number of the smallest */
-        return (uint16_t)(sign | (uint32_t)rintf(size * 0x1p24f));
-    return (uint16_t)(sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
-}
-
 INLINE void write_map(void *maps, int64_t at, int format, float value)
 {
     if (format == MAP_FLOAT32) {
         ((float *)maps)[at] = value;
     } else if (format == MAP_FLOAT16) {
-        ((uint16_t *)maps)[at] = half_of_float(value);
+        const float largest = 65504; /* what is finite stays so */
+        const float within = value > largest ? largest : (value < -largest ? -largest : value);
+        ((uint16_t *)maps)[at] = half_of_float(fabsf(value) < INFINITY ? within : value);
     } else if (format == MAP_BFLOAT16) {
-        const uint32_t bits = to_bits(value);
-        const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        ((uint16_t *)maps)[at] = (uint16_t)(value == value ? rounded : 0x7fc0);
+        ((uint16_t *)maps)[at] = bfloat_of_float(value);
     } else {
         ((double *)maps)[at] = value;
     }

@@ -23,6 +23,12 @@
 #define PRAGMA(x) _Pragma(STRINGIFY(x))
 /* Where there is little to do, starting threads takes longer than doing it. */
 #define PARALLEL_FOR(elements) PRAGMA(omp parallel for schedule(static) num_threads(threads) if ((elements) > 32768))
+/* Where the first frequencies take most of the time, which keep most. */
+#define PARALLEL_IN_TURNS(elements) \
+    PRAGMA(omp parallel for schedule(static, 1) num_threads(threads) if ((elements) > 32768))
+
+/* Coefficients in a tile, at most. */
+#define LARGEST_TILE 1024
 
 enum format { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, INT8 = 3, INT4 = 4 };
 
@@ -62,6 +68,40 @@ INLINE float float_of_half(uint16_t half)
         return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
     const float size = rest < 0x400 ? (float)rest * 0x1p-24f : from_bits((rest << 13) + 0x38000000);
     return sign ? -size : size;
+}
+
+/* To nearest, of two to the even one. */
+INLINE uint16_t half_of_float(float number)
+{
+    const uint32_t bits = to_bits(number), size = bits & 0x7fffffff, sign = (bits & 0x80000000) >> 16;
+    const uint32_t rounded = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+    const uint32_t normal = rounded < 0x7c00 && size < 0x7f800000 ? rounded : 0x7c00;
+    /* The last place of a half is that of halves below 2^-14. */
+    const uint32_t subnormal = to_bits(from_bits(size) + 0.5f) - 0x3f000000;
+    const uint32_t half = size < 0x38800000 ? subnormal : normal;
+    return (uint16_t)(sign | (size > 0x7f800000 ? 0x7e00 : half));
+}
+
+/* Likewise, the leading half of the bits. */
+INLINE uint16_t bfloat_of_float(float number)
+{
+    const uint32_t bits = to_bits(number);
+    return (uint16_t)(number == number ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
+}
+
+/* Writes `count` parts in FLOAT16 or BFLOAT16. */
+INLINE void write_halves(const float *parts, int64_t count, int format, uint8_t *out)
+{
+    int64_t i = 0;
+#if WIDE
+    if (format == FLOAT16)
+        for (; i + 16 <= count; i += 16)
+            _mm256_storeu_si256((__m256i *)(out + 2 * i), _mm512_cvtps_ph(_mm512_loadu_ps(parts + i), 0));
+#endif
+    for (; i < count; i++) {
+        const uint16_t half = format == FLOAT16 ? half_of_float(parts[i]) : bfloat_of_float(parts[i]);
+        memcpy(out + 2 * i, &half, 2);
+    }
 }
 
 /* Real and imaginary part of the pair at `source`. */
@@ -152,6 +192,13 @@ INLINE void expand(const uint8_t *source, uint8_t bits, int format, float scale,
 
 #if WIDE
 
+/* The real parts of eight pairs. */
+INLINE __m256 even_ones(__m512 pairs)
+{
+    const __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_castps512_ps256(_mm512_permutexvar_ps(even, pairs));
+}
+
 /* What `compress` does, of pairs that are loaded. */
 INLINE int compress_wide(__m512 pairs, uint8_t bits, float *out)
 {
@@ -173,6 +220,49 @@ INLINE int compress(const float *pairs, uint8_t bits, float *out)
         memcpy(out, pairs + 2 * __builtin_ctz(left), 2 * sizeof(float));
     return count;
 #endif
+}
+
+/* Writes those of eight numbers whose bits are set, one after the other, each twice. */
+INLINE void compress_doubled(const float *numbers, uint8_t bits, float *out)
+{
+#if WIDE
+    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    const __m512 eight = _mm512_castps256_ps512(_mm256_loadu_ps(numbers));
+    compress_wide(_mm512_permutexvar_ps(twice, eight), bits, out);
+#else
+    for (unsigned left = bits; left; left &= left - 1, out += 2)
+        out[0] = out[1] = numbers[__builtin_ctz(left)];
+#endif
+}
+
+/* Adds the sums of the parts of pairs, which follow each other, to those of eight numbers whose bits are set. */
+INLINE void add_expanded(const float *pairs, uint8_t bits, double *numbers)
+{
+#if WIDE
+    const __m512 all = expand_wide((const uint8_t *)pairs, bits, FLOAT32);
+    const __m512 sums = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1));
+    _mm512_storeu_pd(numbers, _mm512_add_pd(_mm512_loadu_pd(numbers), _mm512_cvtps_pd(even_ones(sums))));
+#else
+    for (unsigned left = bits; left; left &= left - 1, pairs += 2)
+        numbers[__builtin_ctz(left)] += pairs[0] + pairs[1];
+#endif
+}
+
+/* `count` stored pairs that follow each other, times `scale`, in the formats that have one. */
+INLINE void read_pairs(const uint8_t *source, int64_t count, int format, float scale, float *out)
+{
+    int64_t i = 0;
+#if WIDE
+    for (; i + 8 <= count; i += 8)
+        _mm512_storeu_ps(out + 2 * i, expand_scaled(source + i * stored_bytes(format), 0xff, format, scale));
+#endif
+    for (; i < count; i++) {
+        read_pair(source + i * stored_bytes(format), format, out + 2 * i, out + 2 * i + 1);
+        if (format >= INT8) {
+            out[2 * i] *= scale;
+            out[2 * i + 1] *= scale;
+        }
+    }
 }
 
 INLINE int64_t count_bits(const uint8_t *bitmap, int64_t bytes)

@@ -3,10 +3,10 @@
    Polynomials are least squares fits of our own, reweighted until their errors are even; relative errors are below 2e-8 of
    the function. */
 
-#include "pairs.h"
+#ifndef SPECTRITON_ACTIVATION_H
+#define SPECTRITON_ACTIVATION_H
 
-/* Pairs of a step: what one loop writes, the next finds in the cache. */
-#define STEP 128
+#include "pairs.h"
 
 INLINE float size_of(float x)
 {
@@ -57,40 +57,30 @@ INLINE float atanh_of(float q)
     return q == q ? with_sign(size, q) : q;
 }
 
-/* Scales (count,) for both parts of a pair, ones where there are none. */
-INLINE void for_parts(const float *scales, int64_t count, float *out)
+/* s tanh(x / s) of `count` numbers, in place; s = 1 where there are no scales. */
+INLINE void activate_tanh(float *x, const float *scales, int64_t count)
 {
-    for (int64_t i = 0; i < count; i++)
-        out[2 * i] = out[2 * i + 1] = scales ? scales[i] : 1;
+    if (scales)
+        for (int64_t i = 0; i < count; i++)
+            x[i] = scales[i] * tanh_of(x[i] / scales[i]);
+    else
+        for (int64_t i = 0; i < count; i++)
+            x[i] = tanh_of(x[i]);
 }
 
-/* s tanh(x / s) of pairs (count,), in place. */
-void activate_tanh(float *pairs, const float *scales, int64_t count, int64_t threads)
+/* Gradients of `count` numbers from those of the output, and, where there are scales, the terms whose sum is theirs. */
+INLINE void tanh_backward(const float *grad, const float *output, const float *scales, int64_t count, float *out,
+                          float *terms)
 {
-    PARALLEL_FOR(count)
-    for (int64_t first = 0; first < count; first += STEP) {
-        const int64_t some = count - first < STEP ? count - first : STEP;
-        float s[2 * STEP], *x = pairs + 2 * first;
-        for_parts(scales ? scales + first : 0, some, s);
-        for (int64_t i = 0; i < 2 * some; i++)
-            x[i] = s[i] * tanh_of(x[i] / s[i]);
-    }
-}
-
-/* Gradients of pairs (count,) from those of the output, and the terms whose sum is the gradient of the scale. */
-void tanh_backward(const float *grad, const float *output, const float *scales, int64_t count, float *out, float *terms,
-                   int64_t threads)
-{
-    PARALLEL_FOR(count)
-    for (int64_t first = 0; first < count; first += STEP) {
-        const int64_t some = count - first < STEP ? count - first : STEP;
-        float s[2 * STEP];
-        for_parts(scales ? scales + first : 0, some, s);
-        for (int64_t i = 0; i < 2 * some; i++) {
-            const float g = grad[2 * first + i], q = output[2 * first + i] / s[i], slope = 1 - q * q;
-            out[2 * first + i] = g * slope;
-            if (terms)
-                terms[2 * first + i] = g * (q - atanh_of(q) * slope);
+    if (scales)
+        for (int64_t i = 0; i < count; i++) {
+            const float q = output[i] / scales[i], slope = 1 - q * q;
+            out[i] = grad[i] * slope;
+            terms[i] = grad[i] * (q - atanh_of(q) * slope);
         }
-    }
+    else
+        for (int64_t i = 0; i < count; i++)
+            out[i] = grad[i] * (1 - output[i] * output[i]);
 }
+
+#endif
