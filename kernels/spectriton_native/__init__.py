@@ -4,7 +4,6 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 (stored values in any format) on the CPU, contiguous, and check nothing but that values are where offsets say.
 """
 
-from spectriton_native.across import pool_across, spread_across
 from spectriton_native.activation import activate_tanh, tanh_backward
 from spectriton_native.blocks import Coding, decode_blocks, encode_blocks
 from spectriton_native.dense import (
@@ -37,15 +36,27 @@ from spectriton_native.rows import (
     threshold_rows,
     tile_starts,
 )
-from spectriton_native.transform import LARGEST_SIDE, Turns, gather_maps, rows_of_maps, unpack_maps
+from spectriton_native.transform import (
+    LARGEST_SIDE,
+    BlockPooling,
+    Packed,
+    Plan,
+    gather_maps,
+    gather_packed_maps,
+    rows_of_maps,
+    unpack_maps,
+    unpack_rows_of_maps,
+)
 
 __all__ = [
     "LARGEST_SIDE",
+    "BlockPooling",
     "Classes",
     "Coding",
+    "Packed",
     "Part",
+    "Plan",
     "Pooling",
-    "Turns",
     "Unavailable",
     "activate_tanh",
     "channel_means",
@@ -59,12 +70,12 @@ __all__ = [
     "fit_blocks",
     "gather_channels",
     "gather_maps",
+    "gather_packed_maps",
     "gather_rows",
     "index_tiles",
     "move_runs",
     "place_values",
     "plan_blocks",
-    "pool_across",
     "pool_maxima",
     "pool_maxima_again",
     "quantise",
@@ -73,7 +84,6 @@ __all__ = [
     "rectify",
     "rectify_again",
     "rows_of_maps",
-    "spread_across",
     "spread_maxima",
     "sum_kept",
     "sum_rows",
@@ -81,5 +91,6 @@ __all__ = [
     "threshold_rows",
     "tile_starts",
     "unpack_maps",
+    "unpack_rows_of_maps",
     "why_unavailable",
 ]
