@@ -268,6 +268,80 @@ class Backend:
         pattern = self.row_pattern(bitmap, offsets, every, t0, t1, index)
         self.gather_rows(rows, bitmap, offsets, every, t0, out, pattern)
 
+    def unpack_pooled(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        pool: across.Pool,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> bool:
+        """Writes ``out`` ``(n, Ho, Wo)``: what pooling gives of the maps that :meth:`unpack_maps` makes.
+
+        Only where it is done without these maps in memory; returns whether it was. ``pool`` is that of the tiles.
+        """
+        return False
+
+    def rows_of_pooled(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        pool: across.Pool,
+        pooled: FrequencyGrid,
+        planes: int,
+        padded: int,
+        dtype: torch.dtype,
+        index: TileIndex | None,
+    ) -> Tensor | None:
+        """The rows ``(F, padded, 2)`` of the spectra of what :meth:`unpack_pooled` writes, or None likewise.
+
+        ``pooled`` is the grid of the pooled maps, of which there are ``planes``.
+        """
+        return None
+
+    def gather_pooled(
+        self,
+        grad: Tensor,
+        pool: across.Pool,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> bool:
+        """The adjoint of :meth:`unpack_pooled` of all tiles, for ``grad`` ``(n, Ho, Wo)``: writes ``out`` ``(N, 2)``.
+
+        Returns whether it did.
+        """
+        return False
+
+    def gather_repacked(
+        self,
+        grad: Tensor,
+        grad_bitmap: Tensor,
+        grad_offsets: Tensor,
+        pooled: FrequencyGrid,
+        pool: across.Pool,
+        planes: int,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> bool:
+        """:meth:`gather_pooled` for the gradient ``(N', 2)`` of the packed spectra of the pooled maps."""
+        return False
+
     def unpack_gradient_rows(
         self,
         grad: Tensor,

@@ -31,7 +31,7 @@ from spectriton.reference.kept import KeptRows
 from spectriton.reference.max_pool import Window
 from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.reference.rounding import noise_key
-from spectriton.reference.transform import Products, products, turns
+from spectriton.reference.transform import products, turns
 from spectriton.reference.unpack import fill_mirrors
 from spectriton_native import Part
 
@@ -52,7 +52,7 @@ class NativeBackend(Backend):
         """As the reference's where it does the work."""
         if dtype != torch.float32 or not self.planes_innermost(grid):
             return super().plane_arrays(grid, dtype, repacked)
-        return 2  # maps, and rows or maps in another order
+        return 2 if repacked else 1  # rows, and what is kept of them
 
     def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
         """As the reference's."""
@@ -233,9 +233,8 @@ class NativeBackend(Backend):
         """As the reference's."""
         if not (maps.dtype == torch.float32 and self.by_products(grid, maps)):
             return reference.rows_of_maps(maps, grid, padded)
-        by = products(grid, grid.count, maps.dtype)
         rows = maps.new_empty(grid.count, padded, 2)
-        native.rows_of_maps(maps.permute(1, 2, 0).contiguous(), by.places, _turns(by), rows)
+        native.rows_of_maps(maps, *_plan(grid, grid.count), rows)
         return rows
 
     def unpack_maps(
@@ -252,25 +251,12 @@ class NativeBackend(Backend):
         index: TileIndex | None,
     ) -> None:
         """As the reference's, without parts of more than a block of planes."""
-        if not (
-            index
-            and out.dtype == torch.float32
-            and _stand(values, scales, bitmap, offsets)
-            and self.by_products(grid, out)
-        ):
+        fields = (values, scales, bitmap, offsets)
+        if index is None or out.dtype != torch.float32 or not (_stand(*fields) and self.by_products(grid, out)):
             super().unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, out, index)
             return
-        by = products(grid, index.filled, out.dtype)
-        part = Part.of(bitmap, slice(0, index.filled), t0, t1, offsets, values.shape[0])
-        innermost = out.permute(1, 2, 0)
-        maps = innermost if innermost.is_contiguous() else torch.empty(innermost.shape)
-        native.unpack_maps(part, values, scales, by.places, _factors(grid, weighted), _turns(by, True), maps)
-        if maps is innermost:
-            return
-        if out.is_contiguous():  # of two dimensions torch transposes blocks
-            out.view(out.shape[0], -1).copy_(maps.view(-1, out.shape[0]).T)
-        else:
-            innermost.copy_(maps)
+        pooling = native.BlockPooling.of((out.shape[0], out.shape[1], out.shape[2]), bitmap.shape[2] * 8)
+        native.unpack_maps(_packed(*fields, grid, t0, t1, weighted, index), pooling, out)
 
     def gather_maps(
         self,
@@ -284,15 +270,109 @@ class NativeBackend(Backend):
         index: TileIndex | None,
     ) -> None:
         """As the reference's, likewise."""
-        if not (
-            index and maps.dtype == torch.float32 and _takes(out, bitmap, offsets) and self.by_products(grid, maps)
-        ):
+        if index is None or maps.dtype != torch.float32:
             super().gather_maps(maps, bitmap, offsets, grid, t0, t1, out, index)
             return
-        by = products(grid, index.filled, maps.dtype)
-        part = Part.of(bitmap, slice(0, index.filled), t0, t1, offsets, out.shape[0])
-        innermost = maps.permute(1, 2, 0).contiguous()
-        native.gather_maps(part, innermost, by.places, _halves(grid), _turns(by), out)
+        if not (_takes(out, bitmap, offsets) and self.by_products(grid, maps)):
+            super().gather_maps(maps, bitmap, offsets, grid, t0, t1, out, index)
+            return
+        pooling = native.BlockPooling.of((maps.shape[0], maps.shape[1], maps.shape[2]), bitmap.shape[2] * 8)
+        packed = _pattern(bitmap, offsets, grid, t0, t1, _halves(grid), index, out.shape[0])
+        native.gather_maps(packed, pooling, maps, out)
+
+    def unpack_pooled(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        pool: across.Pool,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> bool:
+        """Where the functions take it, a block of planes at a time."""
+        fields = (values, scales, bitmap, offsets)
+        if index is None or not (out.dtype == torch.float32 and _stand(*fields) and self.planes_innermost(grid)):
+            return False
+        pooling = _pooling(pool, (out.shape[0], out.shape[1], out.shape[2]))
+        native.unpack_maps(_packed(*fields, grid, t0, t1, True, index), pooling, out)
+        return True
+
+    def rows_of_pooled(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        pool: across.Pool,
+        pooled: FrequencyGrid,
+        planes: int,
+        padded: int,
+        dtype: torch.dtype,
+        index: TileIndex | None,
+    ) -> Tensor | None:
+        """Likewise."""
+        fields = (values, scales, bitmap, offsets)
+        if index is None or not (dtype == torch.float32 and _stand(*fields) and self.planes_innermost(grid)):
+            return None
+        rows = torch.empty(pooled.count, padded, 2)
+        pooling = _pooling(pool, (planes, pooled.height, pooled.width))
+        packed = _packed(*fields, grid, t0, t1, True, index)
+        native.unpack_rows_of_maps(packed, pooling, *_plan(pooled, pooled.count), rows)
+        return rows
+
+    def gather_pooled(
+        self,
+        grad: Tensor,
+        pool: across.Pool,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> bool:
+        """Likewise."""
+        if index is None or grad.dtype != torch.float32:
+            return False
+        if not (_takes(out, bitmap, offsets) and self.planes_innermost(grid)):
+            return False
+        pooling = _pooling(pool, (grad.shape[0], grad.shape[1], grad.shape[2]))
+        packed = _pattern(bitmap, offsets, grid, 0, bitmap.shape[1], _factors(grid, True), index, out.shape[0])
+        native.gather_maps(packed, pooling, grad, out)
+        return True
+
+    def gather_repacked(
+        self,
+        grad: Tensor,
+        grad_bitmap: Tensor,
+        grad_offsets: Tensor,
+        pooled: FrequencyGrid,
+        pool: across.Pool,
+        planes: int,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> bool:
+        """Likewise."""
+        of_grad = self.tile_index(grad_bitmap, grad_offsets)
+        if index is None or of_grad is None or not self.planes_innermost(grid):
+            return False
+        if not (_takes(out, bitmap, offsets) and _takes(grad, grad_bitmap, grad_offsets)):
+            return False
+        pooling = _pooling(pool, (planes, pooled.height, pooled.width))
+        fields = (grad, grad.new_empty(0), grad_bitmap, grad_offsets)
+        gradients = _packed(*fields, pooled, 0, grad_bitmap.shape[1], False, of_grad)
+        packed = _pattern(bitmap, offsets, grid, 0, bitmap.shape[1], _factors(grid, True), index, out.shape[0])
+        native.gather_packed_maps(packed, pooling, gradients, out)
+        return True
 
     def unpack_gradient_rows(
         self,
@@ -319,50 +399,6 @@ class NativeBackend(Backend):
             return None
         numbers = None if scale is None else scale.to(out.dtype)
         return native.unpack_gradient_rows(part, grad, values, scales, numbers, out)
-
-    def pool_across(
-        self,
-        maps: Tensor,
-        windows: across.Windows,
-        out: Tensor,
-        codes: Tensor | None = None,
-        signs: Tensor | None = None,
-        affine: tuple[Tensor, Tensor] | None = None,
-        rectify: bool = False,
-    ) -> None:
-        """As the reference's."""
-        if maps.dtype != torch.float32:
-            across.pool_across(maps, windows, out, codes, signs, affine, rectify)
-            return
-        margin, bits = windows.margin, 0 if codes is None else windows.bits
-        maps = maps[:, margin : maps.shape[1] - margin, margin : maps.shape[2] - margin]
-        gain, shift = (None, None) if affine is None else (t.contiguous() for t in affine)
-        kernel, stride, _, tile, _ = windows
-        native.pool_across(maps, kernel, stride, bits, tile, out, codes, signs, gain, shift, rectify)
-
-    def spread_across(
-        self,
-        grad: Tensor,
-        windows: across.Windows,
-        size: list[int],
-        codes: Tensor | None = None,
-        signs: Tensor | None = None,
-    ) -> Tensor:
-        """As the reference's."""
-        if grad.dtype != torch.float32 or (codes is None and grad.stride(0) != 1):
-            return across.spread_across(grad, windows, size, codes, signs)
-        if codes is None:
-            out = inner = grad
-        else:
-            out = across.empty_across(grad, grad.shape[0], size)
-            if not (windows.apart and windows.cover(size, list(grad.shape[1:]))):
-                out.zero_()
-            margin = windows.margin
-            inner = out[:, margin : size[0] - margin, margin : size[1] - margin]
-        kernel, stride, bits, tile, _ = windows
-        bits = 0 if codes is None else bits
-        native.spread_across(grad, kernel, stride, bits, tile, codes, signs, windows.apart, inner)
-        return out
 
     def kept_rows(
         self, bitmap: Tensor, offsets: Tensor, rows: Tensor, index: TileIndex | None, dtype: torch.dtype
@@ -645,18 +681,59 @@ def _halves(grid: FrequencyGrid) -> Tensor:
     return grid.weight.to(torch.float32) / 2
 
 
-def _turns(by: Products, transposed: bool = False) -> native.Turns:
-    return _half_turns(*by.size, by.bands, by.band, transposed)
+def _packed(
+    values: Tensor,
+    scales: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    grid: FrequencyGrid,
+    t0: int,
+    t1: int,
+    weighted: bool,
+    index: TileIndex,
+) -> native.Packed:
+    """Tiles of planes of a packed spectrum that become maps."""
+    part = Part.of(bitmap, slice(0, index.filled), t0, t1, offsets, values.shape[0])
+    return native.Packed.of(part, *_plan(grid, index.filled, True), _factors(grid, weighted), values, scales)
+
+
+def _pattern(
+    bitmap: Tensor,
+    offsets: Tensor,
+    grid: FrequencyGrid,
+    t0: int,
+    t1: int,
+    factors: Tensor,
+    index: TileIndex,
+    kept: int,
+) -> native.Packed:
+    """Tiles of planes of a packed spectrum that are made of maps."""
+    part = Part.of(bitmap, slice(0, index.filled), t0, t1, offsets, kept)
+    return native.Packed.of(part, *_plan(grid, index.filled), factors)
+
+
+def _pooling(pool: across.Pool, outputs: tuple[int, int, int]) -> native.BlockPooling:
+    windows, codes, signs, affine, rectify = pool
+    (down, right), (step_down, step_right), bits, tile, margin = windows
+    bits = 0 if codes is None else bits
+    window = (down, right), (step_down, step_right), bits, margin
+    return native.BlockPooling.of(outputs, tile, *window, codes, signs, affine, rectify)
+
+
+def _plan(grid: FrequencyGrid, count: int, transposed: bool = False) -> tuple[native.Plan, Tensor]:
+    """How a band that holds the first ``count`` frequencies is transformed, and the places of its parts."""
+    by = products(grid, count, torch.float32)
+    return _half_plan(*by.size, by.bands, by.band, transposed), by.places
 
 
 @lru_cache(maxsize=256)
-def _half_turns(height: int, width: int, bands: int, columns: int, transposed: bool) -> native.Turns:
-    """Of frequencies ``(k, i)`` with the positions of half a side, times the factor of an ortho transform."""
+def _half_plan(height: int, width: int, bands: int, columns: int, transposed: bool) -> native.Plan:
+    """By turns of frequencies ``(k, i)`` with the positions of half a side, times the factor of an ortho transform."""
 
     def half(count: int, size: int) -> tuple[Tensor, Tensor]:
         cosine, sine = (t[:, : size // 2 + 1] / math.sqrt(size) for t in turns(torch.arange(count), size))
         both = (t.to(torch.float32) for t in (cosine, sine))
-        cosine, sine = ((t.T if transposed else t).contiguous() for t in both)
+        cosine, sine = (t.T if transposed else t for t in both)
         return cosine, sine
 
-    return *half(bands, height), *half(columns, width)
+    return native.Plan.of(height, width, (*half(bands, height), *half(columns, width)), int(transposed))

@@ -5,7 +5,6 @@ Sources are in ``csrc/``; :mod:`spectriton_native.library` compiles them on firs
 """
 
 from spectriton_native._call import FORMATS
-from spectriton_native.across import pool_across, spread_across
 from spectriton_native.blocks import Coding, decode_blocks, encode_blocks
 from spectriton_native.dense import (
     Pooling,
@@ -36,16 +35,28 @@ from spectriton_native.rows import (
     tile_starts,
     unpack_gradient_rows,
 )
-from spectriton_native.transform import LARGEST_SIDE, Turns, gather_maps, rows_of_maps, unpack_maps
+from spectriton_native.transform import (
+    LARGEST_SIDE,
+    BlockPooling,
+    Packed,
+    Plan,
+    gather_maps,
+    gather_packed_maps,
+    rows_of_maps,
+    unpack_maps,
+    unpack_rows_of_maps,
+)
 
 __all__ = [
     "FORMATS",
     "LARGEST_SIDE",
+    "BlockPooling",
     "Classes",
     "Coding",
+    "Packed",
     "Part",
+    "Plan",
     "Pooling",
-    "Turns",
     "Unavailable",
     "channel_means",
     "clear_outside",
@@ -58,10 +69,10 @@ __all__ = [
     "fit_blocks",
     "gather_channels",
     "gather_maps",
+    "gather_packed_maps",
     "index_tiles",
     "move_runs",
     "plan_blocks",
-    "pool_across",
     "pool_maxima",
     "pool_maxima_again",
     "quantise",
@@ -69,7 +80,6 @@ __all__ = [
     "rectify",
     "rectify_again",
     "rows_of_maps",
-    "spread_across",
     "spread_maxima",
     "store_rows",
     "sum_kept",
@@ -78,5 +88,6 @@ __all__ = [
     "tile_starts",
     "unpack_gradient_rows",
     "unpack_maps",
+    "unpack_rows_of_maps",
     "why_unavailable",
 ]

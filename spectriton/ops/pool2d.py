@@ -18,17 +18,18 @@ from spectriton.frequencies import frequency_grid
 from spectriton.ops._arguments import check_rule, check_window, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
+    RowsOf,
     fake_packed,
     gather_maps,
     pack_planes,
     plane_slices,
     resolve_workspace,
-    rows_of_maps,
     tiles_at_a_time,
     unpack_maps,
 )
 from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
-from spectriton.reference.across import Windows, empty_across
+from spectriton.reference import TileIndex
+from spectriton.reference.across import Pool, Windows, empty_across
 
 # Argmax positions are int64 on their way to a code; this many of them at a time stay in the cache.
 _CHUNK = 1 << 16
@@ -192,8 +193,8 @@ class _Pooling:
         self._size, self._primitives = [sizes.height, sizes.width], backend(device)
         self._windows = Windows(kernel, stride, _code_bits(kernel), sizes.tile, margin)
         self.across = self._primitives.planes_innermost(frequency_grid(sizes.height, sizes.width, device))
-        height, width = _output_size([n - 2 * margin for n in self._size], kernel, stride)
-        self.outputs = height * width
+        self.size = _output_size([n - 2 * margin for n in self._size], kernel, stride)
+        self.outputs = self.size[0] * self.size[1]
 
     def empty(self, like: Tensor, planes: int, size: list[int]) -> Tensor:
         """Maps ``(n, *size)`` in the memory order of the transforms."""
@@ -205,6 +206,20 @@ class _Pooling:
             return None
         start, stop = (-(-planes * self.outputs * bits // 8) for planes in (first, last))
         return stored[start:stop]
+
+    def of_planes(
+        self,
+        first: int,
+        last: int,
+        codes: Tensor | None,
+        signs: Tensor | None = None,
+        affine: tuple[Tensor, Tensor] | None = None,
+        rectify: bool = False,
+    ) -> Pool:
+        """What is done to the planes ``first:last``, from what is done to all of them."""
+        gain_and_shift = None if affine is None else (affine[0][first:last], affine[1][first:last])
+        codes, signs = self._part(codes, self._windows.bits, first, last), self._part(signs, 1, first, last)
+        return Pool(self._windows, codes, signs, gain_and_shift, rectify)
 
     def pool(
         self,
@@ -218,13 +233,13 @@ class _Pooling:
     ) -> None:
         """Writes what maps ``(n, H, W)`` give to ``out``, and their codes, those of the planes from ``first`` on.
 
-        See :func:`spectriton.reference.across.pool_across`; ``codes`` and ``signs`` are those of all planes.
+        See :func:`spectriton.reference.across.pool_across`; the tensors are those of all planes.
         """
-        windows, last = self._windows, first + maps.shape[0]
-        codes, signs = self._part(codes, windows.bits, first, last), self._part(signs, 1, first, last)
+        pool = self.of_planes(first, first + maps.shape[0], codes, signs, affine, rectify)
         if self.across:
-            self._primitives.pool_across(maps, windows, out, codes, signs, affine, rectify)
+            self._primitives.pool_across(maps, pool.windows, out, *pool[1:])
             return
+        windows, codes, signs, affine, _ = pool
         if affine is not None:
             gain, shift = (t[:, None, None] for t in affine)
             torch.addcmul(shift, maps, gain, out=maps)
@@ -293,14 +308,20 @@ def _packed_max_pool2d(
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
     """:func:`_max_pool2d` of the maps of a packed spectrum, ``margin`` rows and columns taken off every side."""
-    sizes = layout(shape)
-    y = edge.new_empty(sizes.row, *_output_size([n - 2 * margin for n in shape[2:]], kernel, stride))
-    pooling = _Pooling(sizes, kernel, stride, values.device, margin=margin)
-    codes = torch.empty(_code_bytes(sizes.row, pooling.outputs, kernel), dtype=torch.uint8, device=values.device)
-    packed = (values, scales, bitmap, offsets, sizes, True, resolve_workspace(workspace, values.device))
-    for first, last, maps in unpack_maps(*packed, lambda first, last: pooling.empty(edge, last - first, shape[2:])):
-        pooling.pool(maps, y[first:last], codes, first)
-    return y.unflatten(0, shape[:2]), codes
+    sizes, device = layout(shape), values.device
+    pooling = _Pooling(sizes, kernel, stride, device, margin=margin)
+    y = edge.new_empty(*shape[:2], *pooling.size)
+    planes = y.view(sizes.row, *pooling.size)
+    codes = torch.empty(_code_bytes(sizes.row, pooling.outputs, kernel), dtype=torch.uint8, device=device)
+    packed = (values, scales, bitmap, offsets)
+    primitives, grid = backend(device), frequency_grid(sizes.height, sizes.width, device)
+    pool, index = pooling.of_planes(0, sizes.row, codes), primitives.tile_index(bitmap, offsets)
+    if primitives.unpack_pooled(*packed, grid, 0, sizes.tiles, pool, planes, index):
+        return y, codes
+    chunks = (*packed, sizes, True, resolve_workspace(workspace, device))
+    for first, last, maps in unpack_maps(*chunks, lambda first, last: pooling.empty(edge, last - first, shape[2:])):
+        pooling.pool(maps, planes[first:last], codes, first)
+    return y, codes
 
 
 @_packed_max_pool2d.register_fake
@@ -338,6 +359,12 @@ def _packed_max_pool2d_backward(
 ) -> Tensor:
     grads, sizes = grad.flatten(0, 1), layout(shape)
     pooling = _Pooling(sizes, kernel, stride, grad.device, margin=margin)
+
+    primitives, grid = backend(grad.device), frequency_grid(sizes.height, sizes.width, grad.device)
+    pool, index = pooling.of_planes(0, sizes.row, codes), primitives.tile_index(bitmap, offsets)
+    out = grad.new_empty(kept, 2)
+    if primitives.gather_pooled(grads, pool, bitmap, offsets, grid, out, index):
+        return out
 
     def planes(first: int, last: int) -> Tensor:
         return pooling.spread(grads[first:last], codes, first)
@@ -398,26 +425,13 @@ def _repacked_pool2d(
     workspace: int,
 ) -> tuple[Tensor, ...]:
     """:func:`_packed_max_pool2d` and the packed spectrum of its result, without that result."""
-    size = _output_size(shape[2:], kernel, stride)
-    sizes, pooled = layout(shape), layout([*shape[:2], *size])
-    pooling = _Pooling(sizes, kernel, stride, values.device)
-    codes = torch.empty(_code_bytes(sizes.row, pooling.outputs, kernel), dtype=torch.uint8, device=values.device)
+    pooled = layout([*shape[:2], *_output_size(shape[2:], kernel, stride)])
+    count = _code_bytes(pooled.row, pooled.height * pooled.width, kernel)
+    codes = torch.empty(count, dtype=torch.uint8, device=values.device)
     bound = resolve_workspace(workspace, values.device)
-    maps_of = _map_reader(values, scales, bitmap, offsets, sizes, True, edge.dtype, pooling.across)
-    step = tiles_at_a_time(sizes, edge.dtype, bound, values.device, repacked=True)
-
-    def maxima(first: int, last: int) -> Tensor:
-        # Smaller maps have tiles of as many planes or more: these are whole tiles of the large ones, too.
-        y = pooling.empty(edge, last - first, size)
-        for t0 in range(first // sizes.tile, -(-last // sizes.tile), step):
-            start, stop = t0 * sizes.tile, min((t0 + step) * sizes.tile, last)
-            maps = maps_of(t0, min(t0 + step, -(-last // sizes.tile)))
-            pooling.pool(maps, y[start - first : stop - first], codes, start)
-        return y
-
-    transform = rows_of_maps(maxima, pooled, edge.dtype, values.device)
+    rows_of = pooled_rows((values, scales, bitmap, offsets), shape, kernel, stride, edge.dtype, bound, codes)
     rule = (threshold, density, value_dtype)
-    packed = pack_planes(transform, pooled, *rule, edge.dtype, values.device, bound, repacked=True)
+    packed = pack_planes(rows_of, pooled, *rule, edge.dtype, values.device, bound, repacked=True)
     return (*packed, codes)
 
 
@@ -458,19 +472,10 @@ def _repacked_pool2d_backward(
     stride: list[int],
     workspace: int,
 ) -> Tensor:
-    sizes, pooled = layout(shape), layout([*shape[:2], *_output_size(shape[2:], kernel, stride)])
-    pooling = _Pooling(sizes, kernel, stride, grad.device)
-    packed = (grad.contiguous(), grad.new_empty(0), pooled_bitmap, pooled_offsets)
-    # A tile of small maps serves several chunks of large ones: the last one read is kept.
-    grads_of = lru_cache(maxsize=1)(_map_reader(*packed, pooled, False, grad.dtype, pooling.across))
-
-    def planes(first: int, last: int) -> Tensor:
-        t0 = first // pooled.tile
-        grads = grads_of(t0, -(-last // pooled.tile))[first - t0 * pooled.tile : last - t0 * pooled.tile]
-        return pooling.spread(grads, codes, first)
-
     bound = resolve_workspace(workspace, grad.device)
-    return gather_maps(planes, bitmap, offsets, kept, sizes, grad.dtype, bound, repacked=True)
+    return pooled_gradients(
+        grad, pooled_bitmap, pooled_offsets, codes, None, bitmap, offsets, kept, shape, kernel, stride, bound
+    )
 
 
 @_repacked_pool2d_backward.register_fake
@@ -498,12 +503,12 @@ def _map_reader(
     sizes: Layout,
     weighted: bool,
     dtype: torch.dtype,
-    across: bool = False,
+    across: bool,
+    index: TileIndex | None,
 ) -> Callable[[int, int], Tensor]:
     """Gives the maps ``(n, H, W)`` of the tiles ``t0:t1`` of planes of a packed spectrum, ``across``: innermost."""
     primitives = backend(values.device)
     grid = frequency_grid(sizes.height, sizes.width, values.device)
-    index = primitives.tile_index(bitmap, offsets)
 
     def maps_of(t0: int, t1: int) -> Tensor:
         planes = min(t1 * sizes.tile, sizes.row) - t0 * sizes.tile
@@ -513,6 +518,98 @@ def _map_reader(
         return maps
 
     return maps_of
+
+
+def pooled_rows(
+    packed: tuple[Tensor, Tensor, Tensor, Tensor],
+    shape: list[int],
+    kernel: list[int],
+    stride: list[int],
+    dtype: torch.dtype,
+    workspace: int,
+    codes: Tensor | None,
+    signs: Tensor | None = None,
+    affine: tuple[Tensor, Tensor] | None = None,
+    rectify: bool = False,
+) -> RowsOf:
+    """:data:`RowsOf` the spectra of what pooling gives of packed maps; writes codes and signs, if asked to.
+
+    Args:
+        packed: values, scales, bitmap and offsets of maps ``shape``.
+        shape, kernel, stride: of the maps, and of the windows; without ``codes`` these are single elements.
+        dtype: real precision of the computation.
+        workspace: bytes of temporaries.
+        codes, signs, affine, rectify: see :func:`spectriton.reference.across.pool_across`; of all planes.
+    """
+    sizes, device = layout(shape), packed[0].device
+    pooling = _Pooling(sizes, kernel, stride, device)
+    primitives, index = backend(device), backend(device).tile_index(*packed[2:])
+    grids = [frequency_grid(height, width, device) for height, width in ((sizes.height, sizes.width), pooling.size)]
+    maps_of = _map_reader(*packed, sizes, True, dtype, pooling.across, index)
+    step = tiles_at_a_time(sizes, dtype, workspace, device, repacked=True)
+    given = (codes, signs, affine, rectify)
+
+    def planes(first: int, last: int) -> Tensor:
+        # Smaller maps have tiles of as many planes or more: these are whole tiles of the large ones, too.
+        out = None
+        for t0 in range(first // sizes.tile, -(-last // sizes.tile), step):
+            start, stop = t0 * sizes.tile, min((t0 + step) * sizes.tile, last)
+            maps = maps_of(t0, min(t0 + step, -(-last // sizes.tile)))
+            of_chunk = maps if codes is None else pooling.empty(maps, stop - start, pooling.size)
+            pooling.pool(maps, of_chunk, codes, start, signs, affine, rectify)
+            if (start, stop) == (first, last):
+                return of_chunk
+            if out is None:
+                out = pooling.empty(maps, last - first, pooling.size)
+            out[start - first : stop - first] = of_chunk
+        assert out is not None
+        return out
+
+    def rows_of(first: int, last: int, padded: int) -> Tensor:
+        tiles, pool = (first // sizes.tile, -(-last // sizes.tile)), pooling.of_planes(first, last, *given)
+        rows = primitives.rows_of_pooled(*packed, grids[0], *tiles, pool, grids[1], last - first, padded, dtype, index)
+        return primitives.rows_of_maps(planes(first, last), grids[1], padded) if rows is None else rows
+
+    return rows_of
+
+
+def pooled_gradients(
+    grad: Tensor,
+    pooled_bitmap: Tensor,
+    pooled_offsets: Tensor,
+    codes: Tensor | None,
+    signs: Tensor | None,
+    bitmap: Tensor,
+    offsets: Tensor,
+    kept: int,
+    shape: list[int],
+    kernel: list[int],
+    stride: list[int],
+    workspace: int,
+) -> Tensor:
+    """The adjoint of :func:`pooled_rows` between the packed coefficients of the maxima and those of the maps."""
+    sizes, device = layout(shape), grad.device
+    pooling = _Pooling(sizes, kernel, stride, device)
+    pooled = layout([*shape[:2], *pooling.size])
+    grad, primitives = grad.contiguous(), backend(device)
+    grids = [frequency_grid(n.height, n.width, device) for n in (pooled, sizes)]
+    pool, index = pooling.of_planes(0, sizes.row, codes, signs), primitives.tile_index(bitmap, offsets)
+    pattern, out = (bitmap, offsets), grad.new_empty(kept, 2)
+    patterns = (pooled_bitmap, pooled_offsets)
+    if primitives.gather_repacked(grad, *patterns, grids[0], pool, sizes.row, *pattern, grids[1], out, index):
+        return out
+    del out
+    packed, of_grad = (grad, grad.new_empty(0), *patterns), primitives.tile_index(*patterns)
+    # A tile of small maps serves several chunks of large ones: the last one read is kept.
+    grads_of = lru_cache(maxsize=1)(_map_reader(*packed, pooled, False, grad.dtype, pooling.across, of_grad))
+
+    def planes(first: int, last: int) -> Tensor:
+        t0 = first // pooled.tile
+        grads = grads_of(t0, -(-last // pooled.tile))[first - t0 * pooled.tile : last - t0 * pooled.tile]
+        # It may be written over: no chunk of planes is asked for twice.
+        return pooling.spread(grads, codes, first, signs)
+
+    return gather_maps(planes, *pattern, kept, sizes, grad.dtype, workspace, repacked=True)
 
 
 def _repacked_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -11,8 +11,7 @@ convolution and the next one copy of the maps is held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,16 +21,14 @@ from spectriton._backend import backend
 from spectriton.ops._arguments import check_packed, check_rule, check_workspace
 from spectriton.ops._define import PACKED_FIELDS, PACKED_RESULT, define_op
 from spectriton.ops._planes import (
+    RowsOf,
     fake_packed,
-    gather_maps,
     pack_planes,
     plane_chunks,
     resolve_workspace,
-    rows_of_maps,
-    tiles_at_a_time,
 )
 from spectriton.ops._rows import store_rows
-from spectriton.ops.pool2d import _code_bytes, _map_reader, _output_size, _Pooling, check_max_pool
+from spectriton.ops.pool2d import _code_bytes, _output_size, check_max_pool, pooled_gradients, pooled_rows
 from spectriton.ops.spectral_batch_norm import check_norm, moved, norm_factor, norm_gradients, per_plane, statistics_of
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge, value_dtype_name
 
@@ -51,7 +48,7 @@ def _plain(kernel: list[int], stride: list[int]) -> bool:
 _Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _activated(
+def _activated_rows(
     packed: tuple[Tensor, Tensor, Tensor, Tensor],
     norm: _Norm,
     shape: list[int],
@@ -60,43 +57,20 @@ def _activated(
     stride: list[int],
     dtype: torch.dtype,
     workspace: int,
-    codes: Tensor,
+    codes: Tensor | None,
     signs: Tensor | None,
-) -> Callable[[int, int], Tensor]:
-    """Gives the activated maps ``(n, Ho, Wo)`` of planes; writes where maxima and positive values stand, if asked to.
+) -> RowsOf:
+    """:data:`RowsOf` the spectra of the activated maps; writes where maxima and positive values stand, if asked to.
 
     ``packed`` are values, scales, bitmap and offsets of maps ``shape``.
     """
     weight, bias, mean, var = norm
-    size, sizes = _output_size(shape[2:], kernel, stride), layout(shape)
-    pooling = _Pooling(sizes, kernel, stride, packed[0].device)
-    maps_of = _map_reader(*packed, sizes, True, dtype, pooling.across)
-    step = tiles_at_a_time(sizes, dtype, workspace, packed[0].device, repacked=True)
-    plain, affine = _plain(kernel, stride), None
+    affine = None
     if mean is not None and var is not None:
         factor = norm_factor(weight, var, eps)
         offset = -mean.double() * factor if bias is None else bias - mean.double() * factor
         affine = per_plane(factor.to(dtype), shape[0]), per_plane(offset.to(dtype), shape[0])
-
-    def planes(first: int, last: int) -> Tensor:
-        # Smaller maps have tiles of as many planes or more: these are whole tiles of the large ones, too.
-        out = None
-        for t0 in range(first // sizes.tile, -(-last // sizes.tile), step):
-            start, stop = t0 * sizes.tile, min((t0 + step) * sizes.tile, last)
-            maps = maps_of(t0, min(t0 + step, -(-last // sizes.tile)))
-            pooled = maps if plain else pooling.empty(maps, stop - start, size)
-            of_chunk = None if affine is None else (affine[0][start:stop], affine[1][start:stop])
-            pooling.pool(maps, pooled, None if plain else codes, start, signs, of_chunk, rectify=True)
-            maps = pooled
-            if (start, stop) == (first, last):
-                return maps
-            if out is None:
-                out = pooling.empty(maps, last - first, size)
-            out[start - first : stop - first] = maps
-        assert out is not None
-        return out
-
-    return planes
+    return pooled_rows(packed, shape, kernel, stride, dtype, workspace, codes, signs, affine, rectify=True)
 
 
 def _code_sizes(shape: Sequence[int], kernel: list[int], stride: list[int]) -> tuple[int, int]:
@@ -141,10 +115,10 @@ def _spatial_relu(
     )
     bound = resolve_workspace(workspace, values.device)
     packed, norm = (values, scales, bitmap, offsets), (weight, bias, mean, var)
-    planes = _activated(packed, norm, shape, eps, kernel, stride, edge.dtype, bound, codes, signs)
-    transform = rows_of_maps(planes, sizes, edge.dtype, values.device)
+    of_maxima = None if _plain(kernel, stride) else codes
+    rows_of = _activated_rows(packed, norm, shape, eps, kernel, stride, edge.dtype, bound, of_maxima, signs)
     rule = (threshold, density, value_dtype)
-    out = pack_planes(transform, sizes, *rule, edge.dtype, values.device, bound, repacked=True)
+    out = pack_planes(rows_of, sizes, *rule, edge.dtype, values.device, bound, repacked=True)
     return (*out, codes, signs)
 
 
@@ -198,14 +172,13 @@ def _spatial_relu_again(
     sizes, device = layout(shape), values.device
     bound = resolve_workspace(workspace, device)  # the same chunks as before, and so the same to the bit
     packed, norm = (values, scales, bitmap, offsets), (weight, bias, mean, var)
-    planes = _activated(packed, norm, shape, eps, [1, 1], [1, 1], edge.dtype, bound, values.new_empty(0), None)
-    transform = rows_of_maps(planes, sizes, edge.dtype, device)
+    rows_of = _activated_rows(packed, norm, shape, eps, [1, 1], [1, 1], edge.dtype, bound, None, None)
     out_values = values.new_empty(edge.shape[0], *values.shape[1:])
     out_scales = torch.zeros_like(scales)
     primitives, every = backend(device), slice(0, sizes.frequencies)
     index = primitives.tile_index(out_bitmap, out_offsets)
     for t0, t1, first, last in plane_chunks(sizes, edge.dtype, bound, device, repacked=True):
-        rows = transform(first, last, (t1 - t0) * sizes.tile)
+        rows = rows_of(first, last, (t1 - t0) * sizes.tile)
         pattern = primitives.row_pattern(out_bitmap, out_offsets, every, t0, t1, index)
         store_rows(rows, out_bitmap, out_offsets, every, out_values, out_scales, pattern, t0)
         del rows, pattern  # before the next are made
@@ -264,21 +237,11 @@ def _spatial_relu_backward(
 
     Without ``need_input`` the first is not brought through the norm.
     """
-    size = _output_size(shape[2:], kernel, stride)
-    sizes = layout([*shape[:2], *size])
-    packed = (grad.contiguous(), grad.new_empty(0), out_bitmap, out_offsets)
-    # A tile of small maps serves several chunks of large ones: the last one read is kept.
-    pooling = _Pooling(layout(shape), kernel, stride, grad.device)
-    grads_of = lru_cache(maxsize=1)(_map_reader(*packed, sizes, False, grad.dtype, pooling.across))
-
-    def planes(first: int, last: int) -> Tensor:
-        t0 = first // sizes.tile
-        grads = grads_of(t0, -(-last // sizes.tile))[first - t0 * sizes.tile : last - t0 * sizes.tile]
-        # It may be written over: no chunk of planes is asked for twice.
-        return pooling.spread(grads, None if _plain(kernel, stride) else codes, first, signs)
-
     bound = resolve_workspace(workspace, grad.device)
-    grad_maps = gather_maps(planes, bitmap, offsets, kept, layout(shape), grad.dtype, bound, repacked=True)
+    of_maxima = None if _plain(kernel, stride) else codes
+    grad_maps = pooled_gradients(
+        grad, out_bitmap, out_offsets, of_maxima, signs, bitmap, offsets, kept, shape, kernel, stride, bound
+    )
     if values is None or scales is None or mean is None or var is None:
         return grad_maps, grad.new_empty(0), grad.new_empty(0)
     norm = (weight, bias, mean, var, None)

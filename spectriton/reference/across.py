@@ -42,6 +42,23 @@ class Windows(NamedTuple):
         return not self.margin and all(s <= k and (n - 1) * s + k == whole for whole, n, k, s in sides)
 
 
+class Pool(NamedTuple):
+    """What is done to maps, see :func:`pool_across`.
+
+    Attributes:
+        windows: theirs.
+        codes, signs: bytes for where maxima stand and for where gradients pass a ReLU, or None.
+        affine: gain and shift ``(n,)`` of the maps, or None.
+        rectify: negative maxima become zero.
+    """
+
+    windows: Windows
+    codes: Tensor | None = None
+    signs: Tensor | None = None
+    affine: tuple[Tensor, Tensor] | None = None
+    rectify: bool = False
+
+
 def empty_across(like: Tensor, planes: int, size: list[int]) -> Tensor:
     """Maps ``(n, H, W)`` in memory ``(H, W, n)``, of the precision of ``like``."""
     return like.new_empty(*size, planes).permute(2, 0, 1)

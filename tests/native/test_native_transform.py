@@ -10,10 +10,8 @@ from torch import Tensor
 
 import spectriton_native as native
 from spectriton import PackedSpectrum, ops, reference
-from spectriton._native import NativeBackend, _turns
+from spectriton._native import NativeBackend, _plan
 from spectriton.frequencies import FrequencyGrid, frequency_grid
-from spectriton.reference.transform import products
-from spectriton_native import Part
 from tests.native.spectra import Room
 
 pytestmark = pytest.mark.usefixtures("build")
@@ -90,8 +88,7 @@ def test_rows_of_maps(size: tuple[int, int], planes: int) -> None:
     grid, padded = frequency_grid(*size), 96
     maps = torch.randn(*size, planes, generator=torch.Generator().manual_seed(planes))
     expected, room = reference.rows_of_maps(maps.permute(2, 0, 1), grid, padded), Room(grid.count, padded, 2)
-    by = products(grid, grid.count, torch.float32)
-    native.rows_of_maps(maps, by.places, _turns(by), room.tensor)
+    native.rows_of_maps(maps.permute(2, 0, 1), *_plan(grid, grid.count), room.tensor)
     torch.testing.assert_close(room.tensor, expected, **CLOSE)
     assert room.guarded and (room.tensor[grid.self_conjugate, :, 1] == 0).all()
     assert (room.tensor[:, planes:] == 0).all() and not room.tensor[grid.self_conjugate, :, 1].signbit().any()
@@ -107,17 +104,15 @@ def test_what_is_not_a_number_stays_in_its_plane() -> None:
 
 @pytest.mark.parametrize("offset", ["one too far", "far", "negative"])
 def test_offsets_beyond_the_values_are_reported(offset: str) -> None:
-    given = case((4, 5), 300, 0.4)
+    given, native = case((4, 5), 300, 0.4), NativeBackend()
     values, scales, bitmap, offsets = given.fields
-    by = products(given.grid, given.grid.count, torch.float32)
-    every, factors, maps = slice(0, given.grid.count), torch.ones(given.grid.count), torch.zeros(4, 5, 300)
+    tiles, maps = (given.grid, 0, bitmap.shape[1]), torch.zeros(300, 4, 5)
     last = values.shape[0] - int(given.index.counts[1, 0])
     for place, fails in (({"one too far": last + 1, "far": 2**31 - 1, "negative": -1}[offset], True), (last, False)):
         offsets[1, 0] = place
-        part = Part.of(bitmap, every, 0, bitmap.shape[1], offsets, values.shape[0])
         for run in (
-            lambda: native.unpack_maps(part, values, scales, by.places, factors, _turns(by, True), maps),  # noqa: B023
-            lambda: native.gather_maps(part, maps, by.places, factors, _turns(by), values.clone()),  # noqa: B023
+            lambda: native.unpack_maps(values, scales, bitmap, offsets, *tiles, True, maps, given.index),
+            lambda: native.gather_maps(maps, bitmap, offsets, *tiles, values.clone(), given.index),
         ):
             if fails:
                 with pytest.raises(ValueError, match="offsets beyond its values"):
@@ -128,18 +123,41 @@ def test_offsets_beyond_the_values_are_reported(offset: str) -> None:
 
 def test_bits_beyond_the_last_plane_write_nothing() -> None:
     """A damaged bitmap must not damage memory."""
-    given = case((4, 5), 40, 1.0)
+    given, native = case((4, 5), 40, 1.0), NativeBackend()
     values, scales, bitmap, offsets = given.fields
     bitmap.fill_(255)
     offsets.zero_()
-    by, room = products(given.grid, given.grid.count, torch.float32), Room(4, 5, 40)
-    part = Part.of(bitmap, slice(0, given.grid.count), 0, bitmap.shape[1], offsets, values.shape[0])
-    factors = torch.ones(given.grid.count)
-    native.unpack_maps(part, values, scales, by.places, factors, _turns(by, True), room.tensor)
-    assert room.guarded
-    gathered = Room(*values.shape)
-    native.gather_maps(part, room.tensor, by.places, factors, _turns(by), gathered.tensor)
-    assert gathered.guarded
+    index = reference.tile_index(bitmap, offsets)
+    tiles, room, gathered = (given.grid, 0, bitmap.shape[1]), Room(4, 5, 40), Room(*values.shape)
+    maps = room.tensor.permute(2, 0, 1)
+    native.unpack_maps(values, scales, bitmap, offsets, *tiles, True, maps, index)
+    native.gather_maps(maps, bitmap, offsets, *tiles, gathered.tensor, index)
+    assert room.guarded and gathered.guarded
+
+
+@pytest.mark.parametrize("planes", [1, 31, 70])
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (6, 10), (3, 64)])
+def test_memory_orders(size: tuple[int, int], planes: int) -> None:
+    """Planes innermost, outermost and in between, with gaps; the same to the bit."""
+    given, backend = case(size, planes, 0.5), NativeBackend()
+    tiles, pattern = (given.grid, 0, given.packed.bitmap.shape[1]), given.fields[2:]
+    maps, rows, gathered = [], [], []
+    for order in ((1, 2, 0), (0, 1, 2), (1, 0, 2), (2, 1, 0)):
+        room = Room(*((planes, *size)[i] for i in order))
+        out = room.tensor.permute(*(order.index(i) for i in range(3)))
+        backend.unpack_maps(*given.fields, *tiles, True, out, given.index)
+        assert room.guarded
+        maps.append(out)
+    wide = torch.full((planes, size[0] + 2, size[1] + 3), torch.nan)
+    backend.unpack_maps(*given.fields, *tiles, True, wide[:, 1:-1, 1:-2], given.index)
+    maps.append(wide[:, 1:-1, 1:-2])
+    assert int(wide.isnan().sum()) == wide.numel() - maps[0].numel()
+    for made in maps:
+        rows.append(backend.rows_of_maps(made, given.grid, planes))
+        gathered.append(torch.empty(given.packed.kept, 2))
+        backend.gather_maps(made, *pattern, *tiles, gathered[-1], given.index)
+    for results in (maps, rows, gathered):
+        assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("size", [(65, 4), (4, 65)])
