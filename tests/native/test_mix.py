@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectriton._mixing import Mixing, NativeMixing
-from spectriton._native import NativeBackend
+from spectriton._mixing import Mixing
+from spectriton._native import NativeBackend, NativeMixing
 from tests.native.spectra import Room
 
 pytestmark = pytest.mark.usefixtures("build")
