@@ -106,7 +106,6 @@ class Backend:
     """
 
     name = "reference"
-    mixing: type[Mixing] = Mixing
     complex_product = staticmethod(reference.complex_product)
     spectral_activation = staticmethod(reference.spectral_activation)
     spectral_activation_backward = staticmethod(reference.spectral_activation_backward)
@@ -141,6 +140,10 @@ class Backend:
     scale_kept = staticmethod(kept.scale_kept)
     combine_kept = staticmethod(kept.combine_kept)
     store_kept = staticmethod(kept.store_kept)
+
+    def mixing(self, weight: Tensor, groups: int) -> Mixing:
+        """The products of channels, for taps ``(O, I / groups, kh, kw)``."""
+        return Mixing(weight, groups)
 
     def fit_blocks(self, x: Tensor, layout: block_codec.BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`spectriton.reference.block_codec.fit`; means are those of :meth:`channel_means`."""
@@ -382,7 +385,6 @@ class TritonBackend(Backend):
     """The Triton kernels."""
 
     name = "triton"
-    mixing = EmbeddedMixing
 
     def __init__(self) -> None:
         import spectriton_kernels as kernels
@@ -394,6 +396,10 @@ class TritonBackend(Backend):
         self.spectral_activation_backward = kernels.spectral_activation_backward
         self.kernel_spectrum = kernels.kernel_spectrum
         self.kernel_spectrum_adjoint = kernels.kernel_spectrum_adjoint
+
+    def mixing(self, weight: Tensor, groups: int) -> Mixing:
+        """By tensor cores."""
+        return EmbeddedMixing(weight, groups)
 
     def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
         """None: the kernels read the bitmap themselves."""

@@ -16,6 +16,7 @@ from torch import Tensor
 import spectriton_native as native
 from spectriton import reference
 from spectriton._backend import Backend, _format
+from spectriton._mixing import Mixing
 from spectriton.frequencies import FrequencyGrid
 from spectriton.reference import (
     RowPattern,
@@ -39,6 +40,60 @@ from spectriton_native import Part
 _KINDS = ("identity", "tanh")
 
 
+class NativeMixing(Mixing):
+    """By the C functions, which have no library's overhead for small matrices: float32 on the CPU.
+
+    Weights are pairs ``(Fc, g, I / g, O / g, 2)``.
+    """
+
+    def __init__(self, weight: Tensor, groups: int) -> None:
+        self.shape = weight.shape
+        self.groups = groups
+        outputs, inputs = weight.shape[:2]
+        taps = weight.reshape(groups, outputs // groups, inputs, -1).permute(3, 0, 2, 1).contiguous()
+        self._taps = taps.view(taps.shape[0], -1)
+        self._gradient = None
+
+    @staticmethod
+    def takes(weight: Tensor, groups: int) -> bool:
+        """Whether the functions are faster than the libraries, for taps as in the constructor."""
+        fewest = min(weight.shape[0] // groups, weight.shape[1])
+        return weight.dtype == torch.float32 and not weight.is_cuda and fewest <= native.most_channels()
+
+    def weights(self, basis: Tensor) -> Tensor:
+        """The kernel spectrum of a chunk, as pairs."""
+        outputs, inputs = self.shape[:2]
+        spectrum = basis.new_empty(basis.shape[0], self.groups, inputs, outputs // self.groups, 2)
+        native.kernel_spectrum(self._taps, basis.contiguous(), spectrum)
+        return spectrum
+
+    def mix(self, x: Tensor, weights: Tensor, out: Tensor, add: bool = False) -> None:
+        """As by complex products."""
+        if _rows_apart(out):
+            native.mix(_dense(x), weights, out, add=add)
+            return
+        dense = out.contiguous()
+        native.mix(_dense(x), weights, dense, add=add)
+        out.copy_(dense)
+
+    def mix_grad_input(self, grad: Tensor, weights: Tensor, out: Tensor) -> None:
+        """As by complex products."""
+        dense = out if _rows_apart(out) else torch.empty(out.shape)
+        native.mix(_dense(grad), weights, dense, transposed=True)
+        if dense is not out:
+            out.copy_(dense)
+
+    def add_grad_taps(self, x: Tensor, grad: Tensor, basis: Tensor, inputs: slice | None = None) -> None:
+        """As by complex products."""
+        groups, outputs = self.groups, self.shape[0]
+        spectrum = x.new_empty(x.shape[0], groups, x.shape[2] // groups, outputs // groups, 2)
+        native.mix_grad_weights(_dense(x), _dense(grad), spectrum)
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(self._taps)
+        part = self._gradient if inputs is None else self._gradient[:, inputs.start * outputs : inputs.stop * outputs]
+        native.kernel_spectrum_adjoint(spectrum, basis.contiguous(), part)
+
+
 class NativeBackend(Backend):
     """See the module's text."""
 
@@ -47,6 +102,10 @@ class NativeBackend(Backend):
     def by_bits(self, dtype: torch.dtype, kind: str = "identity") -> bool:
         """Where the functions take it."""
         return dtype == torch.float32 and kind in _KINDS
+
+    def mixing(self, weight: Tensor, groups: int) -> Mixing:
+        """In C where it is faster."""
+        return NativeMixing(weight, groups) if NativeMixing.takes(weight, groups) else super().mixing(weight, groups)
 
     def plane_arrays(self, grid: FrequencyGrid, dtype: torch.dtype, repacked: bool) -> int:
         """As the reference's where it does the work."""
@@ -593,6 +652,15 @@ class NativeBackend(Backend):
         out = torch.empty(shape, memory_format=_format(channels_last))
         native.spread_maxima(native.Pooling.of(out, above, window, channels_last), above, codes, out)
         return out
+
+
+def _rows_apart(chunk: Tensor) -> bool:
+    """Whether each frequency of ``(Fc, B, C, 2)`` is dense."""
+    return chunk.stride()[1:] == (2 * chunk.shape[2], 2, 1)
+
+
+def _dense(chunk: Tensor) -> Tensor:
+    return chunk if _rows_apart(chunk) else chunk.contiguous()
 
 
 def _order(x: Tensor) -> bool | None:

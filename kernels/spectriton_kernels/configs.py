@@ -274,8 +274,7 @@ UNPACK_PLANES = Tunable(
     "unpack_planes",
     ("planes", "positions", "tile"),
     tuple(
-        Planes(*numbers)
-        for numbers in ((32, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 4), (32, 64, 8))
+        Planes(*numbers) for numbers in ((32, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 4), (32, 64, 8))
     ),
     lambda dtypes, sizes: Planes(32, 32, 4),
 )

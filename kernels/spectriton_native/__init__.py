@@ -21,6 +21,7 @@ from spectriton_native.fit import Classes, fit_blocks, plan_blocks
 from spectriton_native.kept import combine_kept, sum_kept
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_planes
+from spectriton_native.mix import kernel_spectrum, kernel_spectrum_adjoint, mix, mix_grad_weights, most_channels
 from spectriton_native.rows import (
     Part,
     count_moduli,
@@ -71,6 +72,11 @@ __all__ = [
     "gather_maps",
     "gather_packed_maps",
     "index_tiles",
+    "kernel_spectrum",
+    "kernel_spectrum_adjoint",
+    "mix",
+    "mix_grad_weights",
+    "most_channels",
     "move_runs",
     "plan_blocks",
     "pool_maxima",
