@@ -216,7 +216,7 @@ class Backend:
 
     def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
         """What may be handed to :meth:`row_pattern` to save counting at every chunk."""
-        return reference.tile_index(bitmap, offsets)
+        return reference.TileIndex(bitmap, offsets)
 
     def row_pattern(
         self, bitmap: Tensor, offsets: Tensor, rows: slice | Tensor, t0: int, t1: int, index: TileIndex | None = None

@@ -7,10 +7,12 @@ reference.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import spectriton_native as native
@@ -94,6 +96,19 @@ class NativeMixing(Mixing):
         native.kernel_spectrum_adjoint(spectrum, basis.contiguous(), part)
 
 
+class NativeTileIndex(TileIndex):
+    """As the reference's; of contiguous tensors."""
+
+    @cached_property
+    def filled(self) -> int:
+        return native.filled_rows(self._pattern[0])
+
+    @cached_property
+    def _tiles(self) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
+        counts, starts, ordered = native.index_tiles(*self._pattern)
+        return counts.numpy(), starts.numpy(), ordered
+
+
 class NativeBackend(Backend):
     """See the module's text."""
 
@@ -116,9 +131,8 @@ class NativeBackend(Backend):
     def tile_index(self, bitmap: Tensor, offsets: Tensor) -> TileIndex | None:
         """As the reference's."""
         if not (bitmap.is_contiguous() and offsets.is_contiguous()):
-            return reference.tile_index(bitmap, offsets)
-        counts, starts, ordered, filled = native.index_tiles(bitmap, offsets)
-        return TileIndex(counts.numpy(), starts.numpy(), ordered, filled)
+            return reference.TileIndex(bitmap, offsets)
+        return NativeTileIndex(bitmap, offsets)
 
     def row_pattern(
         self, bitmap: Tensor, offsets: Tensor, rows: slice | Tensor, t0: int, t1: int, index: TileIndex | None = None

@@ -43,7 +43,7 @@ def test_maps_of_packed(height: int, width: int, filled: float):
     fields = (packed.values, packed.scales, packed.bitmap, packed.offsets)
     tile, tiles, size = packed.layout.tile, packed.layout.tiles, (height, width)
     primitives = backend(packed.device)
-    index = reference.tile_index(packed.bitmap, packed.offsets)
+    index = reference.TileIndex(packed.bitmap, packed.offsets)
     expected = torch.fft.irfft2(packed.to_dense(), s=size, norm="ortho")[:, 0]
     grad = torch.randn_like(expected)
     gathered = torch.full_like(packed.values, torch.nan)

@@ -138,12 +138,19 @@ def unpack_gradient_rows(
     return result
 
 
-def index_tiles(bitmap: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, bool, int]:
-    """Fields of :class:`spectriton.reference.TileIndex` of a bitmap ``(F, T, tile / 8)`` and offsets ``(F, T)``."""
+def index_tiles(bitmap: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Counts, starts and order of :class:`spectriton.reference.TileIndex`, of ``(F, T, tile / 8)`` and ``(F, T)``."""
     counts, starts = torch.empty(offsets.shape, dtype=torch.int64), torch.empty(offsets.shape, dtype=torch.int64)
-    filled = torch.empty(1, dtype=torch.int64)
-    ordered = call("index_tiles", bitmap, offsets, *bitmap.shape, counts, starts, filled, result=ctypes.c_int64)
-    return counts, starts, bool(ordered), int(filled)
+    ordered = call(
+        "index_tiles", bitmap, offsets, offsets.numel(), bitmap.shape[2], counts, starts, result=ctypes.c_int
+    )
+    return counts, starts, bool(ordered)
+
+
+def filled_rows(bitmap: Tensor) -> int:
+    """How many rows of a bitmap ``(F, T, tile / 8)`` come before the tail in which no bit is set."""
+    frequencies, tiles, size = bitmap.shape
+    return int(call("filled_rows", bitmap, frequencies, tiles * size, result=ctypes.c_int64))
 
 
 def _by_eights(numbers: Tensor) -> Tensor:

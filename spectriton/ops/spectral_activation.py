@@ -66,7 +66,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, RowPattern]]:
     """Ranges of frequencies that fit the workspace, with their patterns."""
     sizes = layout(shape)
-    index = reference.tile_index(bitmap, offsets)
+    index = reference.TileIndex(bitmap, offsets)
     bound = resolve_workspace(workspace, bitmap.device)
     # Beside positions, slots and channels there are about as many values on their way as in a dense chunk.
     for rows in row_chunks(sizes.frequencies, 2 * row_bytes(sizes, dtype, kept), bound):

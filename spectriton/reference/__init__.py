@@ -26,7 +26,7 @@ from spectriton.reference.pack import (
     reorder,
     to_format,
 )
-from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_index, tile_starts
+from spectriton.reference.pattern import RowPattern, TileIndex, row_pattern, tile_starts
 from spectriton.reference.rounding import ROUNDINGS, copy_in_range, make_seed, seed_of, stochastic_cast, uniform
 from spectriton.reference.spectral_activation import (
     ACTIVATIONS,
@@ -89,7 +89,6 @@ __all__ = [
     "store_rows",
     "taps_matrix",
     "taps_of_matrix",
-    "tile_index",
     "tile_starts",
     "to_format",
     "uniform",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,19 +11,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-class TileIndex(NamedTuple):
-    """How many coefficients each tile of a packed spectrum keeps, and where they begin. Held on the host.
+class TileIndex:
+    """How many coefficients each tile of a packed spectrum keeps, and where they begin; counted when first asked for.
 
-    Attributes:
-        counts, starts: ``(F, T)`` int64.
-        ordered: whether the values follow the tiles row by row, without gaps; empty tiles take part in it then.
-        filled: how many frequencies come before the tail at which nothing is kept.
+    Args:
+        bitmap: ``(F, T, tile / 8)``.
+        offsets: ``(F, T)``.
     """
 
-    counts: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    ordered: bool
-    filled: int
+    def __init__(self, bitmap: Tensor, offsets: Tensor) -> None:
+        self._pattern = bitmap, offsets
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """``(F, T)``, on the host."""
+        return self._tiles[0]
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """``(F, T)``, on the host."""
+        return self._tiles[1]
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the values follow the tiles row by row, without gaps; empty tiles take part in it then."""
+        return self._tiles[2]
+
+    @cached_property
+    def filled(self) -> int:
+        """How many frequencies come before the tail at which nothing is kept."""
+        rows = np.flatnonzero(self.counts.any(1))
+        return int(rows[-1]) + 1 if rows.size else 0
+
+    @cached_property
+    def _tiles(self) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
+        bitmap, offsets = self._pattern
+        counts: NDArray[np.int64] = tile_counts(bitmap).cpu().numpy()
+        starts: NDArray[np.int64] = offsets.cpu().numpy().astype(np.int64)
+        following = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
+        ordered = bool(((starts == following) | (counts == 0)).all())
+        return counts, following if ordered else starts, ordered
 
 
 class RowPattern(NamedTuple):
@@ -83,16 +111,6 @@ def tile_starts(bitmap: Tensor) -> Tensor:
     return (torch.cumsum(counts.flatten(), 0).view_as(counts) - counts).to(torch.int32)
 
 
-def tile_index(bitmap: Tensor, offsets: Tensor) -> TileIndex:
-    """The :class:`TileIndex` of a packed spectrum; ``bitmap`` ``(F, T, tile / 8)``, ``offsets`` ``(F, T)``."""
-    counts: NDArray[np.int64] = tile_counts(bitmap).cpu().numpy()
-    starts: NDArray[np.int64] = offsets.cpu().numpy().astype(np.int64)
-    following = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
-    ordered = bool(((starts == following) | (counts == 0)).all())
-    rows = np.flatnonzero(counts.any(1))
-    return TileIndex(counts, following if ordered else starts, ordered, int(rows[-1]) + 1 if rows.size else 0)
-
-
 def row_index(rows: slice | Tensor) -> slice | Tensor:
     """``rows`` (ascending) as a slice where they are consecutive: indexing gives a view then."""
     if isinstance(rows, slice):
@@ -108,7 +126,7 @@ def row_pattern(
 ) -> RowPattern:
     """The :class:`RowPattern` of frequencies ``rows`` and tiles ``t0:t1``; ``index`` saves counting again."""
     if index is None:
-        index = tile_index(bitmap, offsets)
+        index = TileIndex(bitmap, offsets)
     chosen = row_index(rows)
     on_host: Any = chosen.cpu().numpy() if isinstance(chosen, Tensor) else chosen
     counts, starts = index.counts[on_host, t0:t1], index.starts[on_host, t0:t1]

@@ -9,7 +9,7 @@ from torch import Tensor
 import spectriton_native as native
 from spectriton._backend import Backend
 from spectriton._native import NativeBackend
-from spectriton.reference import activate, activate_backward, tile_index, unpack_rows
+from spectriton.reference import TileIndex, activate, activate_backward, unpack_rows
 from spectriton_native import Part
 from tests.native.spectra import FORMATS, SIZES, Room, Spectrum, parts_of, spectrum
 
@@ -124,7 +124,7 @@ def test_unpack_gradient_rows_by_the_backend(dtype: torch.dtype, kind: str) -> N
     given = spectrum(5, 100, 32, dtype)
     outputs(given)
     grad = torch.randn(given.values.shape[0], 2, generator=torch.Generator().manual_seed(4))
-    index = tile_index(given.bitmap, given.offsets)
+    index = TileIndex(given.bitmap, given.offsets)
     for channels, rows in ((5, slice(0, 5)), (20, slice(2, 4)), (5, slice(1, 1))):
         for scale in (None, some_scales(channels) + 127):
             results = []

@@ -31,7 +31,7 @@ def made(
     given = spectrum(grid.count, planes, tile, dtype, 0.4)
     if dtype.is_floating_point:
         given.values[given.values.isfinite() & (given.values.abs() > 1e37)] = 3
-    index = reference.tile_index(given.bitmap, given.offsets)
+    index = reference.TileIndex(given.bitmap, given.offsets)
     own = grid.self_conjugate
     for start, count in zip(index.starts[own].flat, index.counts[own].flat, strict=True):
         if dtype == torch.uint8:
@@ -79,7 +79,7 @@ def test_offsets_beyond_the_values_are_reported(offset: str) -> None:
         part = Part.of(given.bitmap, slice(0, grid.count), 0, 3, given.offsets, given.values.shape[0])
         native.expand_planes(part, given.values, given.scales, grid.index, None, half)
 
-    last = given.values.shape[0] - int(reference.tile_index(given.bitmap, given.offsets).counts[1, 1])
+    last = given.values.shape[0] - int(reference.TileIndex(given.bitmap, given.offsets).counts[1, 1])
     given.offsets[1, 1] = {"one too far": last + 1, "far": 2**31 - 1, "negative": -1}[offset]
     with pytest.raises(ValueError, match="offsets beyond its values"):
         run()

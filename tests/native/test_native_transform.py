@@ -46,7 +46,7 @@ class Case(NamedTuple):
 def case(size: tuple[int, int], planes: int, density: float, value_dtype: str = "float32") -> Case:
     maps = torch.randn(planes, 1, *size, generator=torch.Generator().manual_seed(planes))
     packed = ops.to_spectral(maps, density=density, value_dtype=value_dtype)
-    return Case(packed, frequency_grid(*size), reference.tile_index(packed.bitmap, packed.offsets))
+    return Case(packed, frequency_grid(*size), reference.TileIndex(packed.bitmap, packed.offsets))
 
 
 @pytest.mark.parametrize("planes", [1, 31, 32, 300])

@@ -178,11 +178,12 @@ def test_index_tiles(size: tuple[int, int, int]) -> None:
         given = spectrum(*size, density=density)
         _, in_order, _ = tight(given, slice(0, given.frequencies), 0, given.tiles)
         for offsets in (given.offsets, in_order):
-            counts, starts, ordered, filled = native.index_tiles(given.bitmap, offsets)
-            expected = reference.tile_index(given.bitmap, offsets)
+            counts, starts, ordered = native.index_tiles(given.bitmap, offsets)
+            expected = reference.TileIndex(given.bitmap, offsets)
             assert np.array_equal(counts.numpy(), expected.counts) and np.array_equal(starts.numpy(), expected.starts)
-            assert (ordered, filled) == (expected.ordered, expected.filled)
+            assert ordered == expected.ordered and native.filled_rows(given.bitmap) == expected.filled
         assert ordered
+    assert native.filled_rows(given.bitmap[:0]) == 0
 
 
 @pytest.mark.parametrize("positions", [0, 1, 255, 256, 700])

@@ -32,28 +32,39 @@ int expand_rows(const Part *part, const uint8_t *values, int64_t format, const f
     BY_FORMAT(expand_rows_as, part, values, scales, out, threads)
 }
 
-/* Set bits of each tile (F, tiles), where its values begin, and the rows before the tail at which nothing is kept.
+/* Set bits of each of `tiles`, and where its values begin.
 
    Returns whether values follow the tiles without gaps; empty tiles begin then where the next one does. */
-int64_t index_tiles(const uint8_t *bitmap, const int32_t *offsets, int64_t frequencies, int64_t tiles, int64_t tile_bytes,
-                    int64_t *counts, int64_t *starts, int64_t *filled, int64_t threads)
+int index_tiles(const uint8_t *bitmap, const int32_t *offsets, int64_t tiles, int64_t tile_bytes, int64_t *counts,
+                int64_t *starts, int64_t threads)
 {
     (void)threads;
-    int64_t total = 0, ordered = 1;
-    *filled = 0;
-    for (int64_t t = 0; t < frequencies * tiles; t++) {
+    int64_t total = 0;
+    int ordered = 1;
+    for (int64_t t = 0; t < tiles; t++) {
         counts[t] = count_bits(bitmap + t * tile_bytes, tile_bytes);
         starts[t] = total;
-        if (counts[t]) {
-            *filled = t / tiles + 1;
+        if (counts[t])
             ordered &= offsets[t] == total;
-        }
         total += counts[t];
     }
     if (!ordered)
-        for (int64_t t = 0; t < frequencies * tiles; t++)
+        for (int64_t t = 0; t < tiles; t++)
             starts[t] = offsets[t];
     return ordered;
+}
+
+/* How many rows of `bytes` each come before the tail in which no bit is set. */
+int64_t filled_rows(const uint8_t *bitmap, int64_t rows, int64_t bytes, int64_t threads)
+{
+    (void)threads;
+    for (int64_t at = rows * bytes; at > 0; at -= 4) { /* rows are made of words */
+        uint32_t word;
+        memcpy(&word, bitmap + at - 4, 4);
+        if (word)
+            return (at - 1) / bytes + 1;
+    }
+    return 0;
 }
 
 /* Where the values of each tile begin where those of the part follow each other, (row_count, t1 - t0); returns how many
