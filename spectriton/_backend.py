@@ -319,14 +319,11 @@ class Backend:
         bitmap: Tensor,
         offsets: Tensor,
         grid: FrequencyGrid,
-        out: Tensor,
+        kept: int,
         index: TileIndex | None,
-    ) -> bool:
-        """The adjoint of :meth:`unpack_pooled` of all tiles, for ``grad`` ``(n, Ho, Wo)``: writes ``out`` ``(N, 2)``.
-
-        Returns whether it did.
-        """
-        return False
+    ) -> Tensor | None:
+        """The adjoint of :meth:`unpack_pooled` of all tiles: of ``grad`` ``(n, Ho, Wo)`` to ``(kept, 2)``, or None."""
+        return None
 
     def gather_repacked(
         self,
@@ -339,11 +336,11 @@ class Backend:
         bitmap: Tensor,
         offsets: Tensor,
         grid: FrequencyGrid,
-        out: Tensor,
+        kept: int,
         index: TileIndex | None,
-    ) -> bool:
+    ) -> Tensor | None:
         """:meth:`gather_pooled` for the gradient ``(N', 2)`` of the packed spectra of the pooled maps."""
-        return False
+        return None
 
     def unpack_gradient_rows(
         self,

@@ -407,18 +407,21 @@ class NativeBackend(Backend):
         bitmap: Tensor,
         offsets: Tensor,
         grid: FrequencyGrid,
-        out: Tensor,
+        kept: int,
         index: TileIndex | None,
-    ) -> bool:
+    ) -> Tensor | None:
         """Likewise."""
-        if index is None or grad.dtype != torch.float32:
-            return False
-        if not (_takes(out, bitmap, offsets) and self.planes_innermost(grid)):
-            return False
+        if (
+            index is None
+            or grad.dtype != torch.float32
+            or not (_stand(bitmap, offsets) and self.planes_innermost(grid))
+        ):
+            return None
+        out = torch.empty(kept, 2)
         pooling = _pooling(pool, (grad.shape[0], grad.shape[1], grad.shape[2]))
-        packed = _pattern(bitmap, offsets, grid, 0, bitmap.shape[1], _factors(grid, True), index, out.shape[0])
+        packed = _pattern(bitmap, offsets, grid, 0, bitmap.shape[1], _factors(grid, True), index, kept)
         native.gather_maps(packed, pooling, grad, out)
-        return True
+        return out
 
     def gather_repacked(
         self,
@@ -431,21 +434,22 @@ class NativeBackend(Backend):
         bitmap: Tensor,
         offsets: Tensor,
         grid: FrequencyGrid,
-        out: Tensor,
+        kept: int,
         index: TileIndex | None,
-    ) -> bool:
+    ) -> Tensor | None:
         """Likewise."""
         of_grad = self.tile_index(grad_bitmap, grad_offsets)
         if index is None or of_grad is None or not self.planes_innermost(grid):
-            return False
-        if not (_takes(out, bitmap, offsets) and _takes(grad, grad_bitmap, grad_offsets)):
-            return False
+            return None
+        if not _takes(grad, grad_bitmap, grad_offsets, bitmap, offsets):
+            return None
+        out = torch.empty(kept, 2)
         pooling = _pooling(pool, (planes, pooled.height, pooled.width))
         fields = (grad, grad.new_empty(0), grad_bitmap, grad_offsets)
         gradients = _packed(*fields, pooled, 0, grad_bitmap.shape[1], False, of_grad)
-        packed = _pattern(bitmap, offsets, grid, 0, bitmap.shape[1], _factors(grid, True), index, out.shape[0])
+        packed = _pattern(bitmap, offsets, grid, 0, bitmap.shape[1], _factors(grid, True), index, kept)
         native.gather_packed_maps(packed, pooling, gradients, out)
-        return True
+        return out
 
     def unpack_gradient_rows(
         self,

@@ -362,8 +362,8 @@ def _packed_max_pool2d_backward(
 
     primitives, grid = backend(grad.device), frequency_grid(sizes.height, sizes.width, grad.device)
     pool, index = pooling.of_planes(0, sizes.row, codes), primitives.tile_index(bitmap, offsets)
-    out = grad.new_empty(kept, 2)
-    if primitives.gather_pooled(grads, pool, bitmap, offsets, grid, out, index):
+    out = primitives.gather_pooled(grads, pool, bitmap, offsets, grid, kept, index)
+    if out is not None:
         return out
 
     def planes(first: int, last: int) -> Tensor:
@@ -594,12 +594,11 @@ def pooled_gradients(
     grad, primitives = grad.contiguous(), backend(device)
     grids = [frequency_grid(n.height, n.width, device) for n in (pooled, sizes)]
     pool, index = pooling.of_planes(0, sizes.row, codes, signs), primitives.tile_index(bitmap, offsets)
-    pattern, out = (bitmap, offsets), grad.new_empty(kept, 2)
-    patterns = (pooled_bitmap, pooled_offsets)
-    if primitives.gather_repacked(grad, *patterns, grids[0], pool, sizes.row, *pattern, grids[1], out, index):
+    of_maps, of_maxima = (bitmap, offsets), (pooled_bitmap, pooled_offsets)
+    out = primitives.gather_repacked(grad, *of_maxima, grids[0], pool, sizes.row, *of_maps, grids[1], kept, index)
+    if out is not None:
         return out
-    del out
-    packed, of_grad = (grad, grad.new_empty(0), *patterns), primitives.tile_index(*patterns)
+    packed, of_grad = (grad, grad.new_empty(0), *of_maxima), primitives.tile_index(*of_maxima)
     # A tile of small maps serves several chunks of large ones: the last one read is kept.
     grads_of = lru_cache(maxsize=1)(_map_reader(*packed, pooled, False, grad.dtype, pooling.across, of_grad))
 
@@ -609,7 +608,7 @@ def pooled_gradients(
         # It may be written over: no chunk of planes is asked for twice.
         return pooling.spread(grads, codes, first, signs)
 
-    return gather_maps(planes, *pattern, kept, sizes, grad.dtype, workspace, repacked=True)
+    return gather_maps(planes, *of_maps, kept, sizes, grad.dtype, workspace, repacked=True)
 
 
 def _repacked_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -117,12 +117,11 @@ def check(given: Case, signs: bool) -> None:
     grad = torch.randn(given.count, *given.outputs, generator=torch.Generator().manual_seed(1))
     across = empty_across(grad, given.count, given.outputs).copy_(grad)
     spread = Backend().spread_across(across.clone(), pool.windows, list(size), pool.codes, pool.signs)
-    expected, room = torch.full((given.packed.kept, 2), torch.nan), Room(given.packed.kept, 2)
+    expected = torch.full((given.packed.kept, 2), torch.nan)
     native.gather_maps(spread, *given.fields[2:], given.grid, 0, given.tiles, expected, given.index)
     for gradient in (grad, across):
-        assert native.gather_pooled(gradient, pool, *given.fields[2:], given.grid, room.tensor, given.index)
-        torch.testing.assert_close(room.tensor, 2 * expected, rtol=0, atol=0)
-        assert room.guarded
+        got = native.gather_pooled(gradient, pool, *given.fields[2:], given.grid, given.packed.kept, given.index)
+        torch.testing.assert_close(got, 2 * expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -190,36 +189,34 @@ def test_packed_gradients(planes: tuple[int, int], case: tuple) -> None:
     maps = torch.empty(given.count, *given.outputs)
     none = torch.empty(0)
     native.unpack_maps(grad, none, *pattern, pooled, 0, packed.bitmap.shape[1], False, maps, index)
-    expected, room = torch.empty(given.packed.kept, 2), Room(given.packed.kept, 2)
-    native.gather_pooled(maps, pool, *given.fields[2:], given.grid, expected, given.index)
-    of_maps = (*given.fields[2:], given.grid, room.tensor, given.index)
-    assert native.gather_repacked(grad, *pattern, pooled, pool, given.count, *of_maps)
-    torch.testing.assert_close(room.tensor, expected, rtol=0, atol=0)
-    assert room.guarded
+    of_maps = (*given.fields[2:], given.grid, given.packed.kept, given.index)
+    expected = native.gather_pooled(maps, pool, *of_maps)
+    got = native.gather_repacked(grad, *pattern, pooled, pool, given.count, *of_maps)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("offset", ["far", "negative"])
 def test_offsets_beyond_the_values_are_reported(offset: str) -> None:
     native, given = NativeBackend(), Case(MANY, WINDOWS[0])
     pool, pooled = given.asked(given.count, False), frequency_grid(*given.outputs)
-    y, out = torch.empty(given.count, *given.outputs), torch.empty(given.packed.kept, 2)
+    y = torch.empty(given.count, *given.outputs)
     tiles = (given.grid, 0, given.tiles)
     native.unpack_pooled(*given.fields, *tiles, pool, y, given.index)
     small = ops.to_spectral(y.nan_to_num()[None], density=0.5)
     pattern, of_small = (given.packed.bitmap, given.packed.offsets), (small.bitmap, small.offsets.clone())
-    grad, none = torch.randn(small.kept, 2), (given.grid, out, given.index)
+    grad, rest = torch.randn(small.kept, 2), (given.grid, given.packed.kept, given.index)
     bad = {"far": 2**31 - 1, "negative": -1}[offset]
     of_small[1][1, 0] = bad
     with pytest.raises(ValueError, match="offsets beyond its values"):
-        native.gather_repacked(grad, *of_small, pooled, pool, given.count, *pattern, *none)
+        native.gather_repacked(grad, *of_small, pooled, pool, given.count, *pattern, *rest)
     given.packed.offsets[1, 0] = bad
     for run in (
         lambda: native.unpack_pooled(*given.fields, *tiles, pool, y, given.index),
         lambda: native.rows_of_pooled(
             *given.fields, *tiles, pool, pooled, given.count, given.count, torch.float32, given.index
         ),
-        lambda: native.gather_pooled(y, pool, *pattern, *none),
-        lambda: native.gather_repacked(grad, small.bitmap, small.offsets, pooled, pool, given.count, *pattern, *none),
+        lambda: native.gather_pooled(y, pool, *pattern, *rest),
+        lambda: native.gather_repacked(grad, small.bitmap, small.offsets, pooled, pool, given.count, *pattern, *rest),
     ):
         with pytest.raises(ValueError, match="offsets beyond its values"):
             run()
@@ -228,9 +225,10 @@ def test_offsets_beyond_the_values_are_reported(offset: str) -> None:
 def test_double_precision_goes_to_the_reference() -> None:
     native, given = NativeBackend(), Case((11, 7), WINDOWS[0])
     pool, grid = given.asked(77, False), frequency_grid(*given.outputs)
-    y, out = torch.empty(77, *given.outputs).double(), torch.empty(given.packed.kept, 2).double()
+    y, kept = torch.empty(77, *given.outputs).double(), given.packed.kept
     tiles, pattern = (given.grid, 0, given.tiles), (given.packed.bitmap, given.packed.offsets)
+    rest = (*pattern, given.grid, kept, given.index)
     assert not native.unpack_pooled(*given.fields, *tiles, pool, y, given.index)
     assert native.rows_of_pooled(*given.fields, *tiles, pool, grid, 77, 80, torch.float64, given.index) is None
-    assert not native.gather_pooled(y, pool, *pattern, given.grid, out, given.index)
-    assert not native.gather_repacked(out, *pattern, given.grid, pool, 77, *pattern, given.grid, out, given.index)
+    assert native.gather_pooled(y, pool, *rest) is None
+    assert native.gather_repacked(torch.empty(kept, 2).double(), *pattern, given.grid, pool, 77, *rest) is None
