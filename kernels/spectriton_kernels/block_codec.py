@@ -768,7 +768,7 @@ def plan_encode_blocks(
         "BYTES": max(1, min(next_power_of_2(layout.record), _GATHERED // 8 // meta["BLOCKS"])),
     }
     if key is not None:
-        meta["num_warps"] = min(8, 2 * meta["num_warps"])  # the levels about each value take registers
+        meta["num_warps"] = min(16, 4 * meta["num_warps"])  # the levels about each value take registers
     change = plan.change
     args = (
         x,

@@ -372,6 +372,7 @@ def examples() -> list[Example]:
         add(f"{name} bf16 16 channels 4x4", coder, brain, maps, 4, 16)
         add(f"{name} fp32 one block", coder, single, (1, 1, 8, 8), 8, 1)  # sizes of 1 become constants
     add("decode_blocks fp16 1 channel 7x7", _decode_blocks, half, small, 7, 1)
+    add("encode_blocks bf16 64 channels 8x8 stochastic", _encode_blocks, brain, maps, 8, 64, False, True)
     add("encode_blocks bf16 64 channels 7x7 stochastic", _encode_blocks, brain, small, 7, 64, False, True)
 
     for dtype in (single, double, half, brain):
