@@ -774,7 +774,10 @@ def _takes(dense: Tensor, *others: Tensor) -> bool:
 
 def _stand(*tensors: Tensor) -> bool:
     """Whether tensors stand in the host's memory as the functions expect them to."""
-    return all(t.is_contiguous() and not t.is_cuda for t in tensors)
+    for t in tensors:  # a generator takes longer than what it asks for
+        if t.is_cuda or not t.is_contiguous():
+            return False
+    return True
 
 
 def _first(kept: KeptRows) -> int:
@@ -872,6 +875,7 @@ def _pooling(pool: across.Pool, outputs: tuple[int, int, int]) -> native.BlockPo
     return native.BlockPooling.of(outputs, tile, *window, codes, signs, affine, rectify)
 
 
+@lru_cache(maxsize=256)
 def _plan(grid: FrequencyGrid, count: int, transposed: bool = False) -> tuple[native.Plan, Tensor]:
     """How a band that holds the first ``count`` frequencies is transformed, and the places of its parts."""
     by = products(grid, count, torch.float32)
