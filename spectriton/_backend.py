@@ -141,6 +141,48 @@ class Backend:
     combine_kept = staticmethod(kept.combine_kept)
     store_kept = staticmethod(kept.store_kept)
 
+    def norm_statistics(
+        self, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """Mean and biased variance ``(C,)`` of packed maps ``shape``; None where it takes the steps one by one."""
+        return None
+
+    def norm_gradients(
+        self,
+        grad: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        shape: list[int],
+        batch_statistics: bool,
+        eps: float,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Gradients ``(C,)`` of weight and bias of a batch norm, and those of the values to ``out``; None likewise."""
+        return None
+
+    def norm_planes(
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        batch: int,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """A batch norm as a factor and a shift for each plane, ``(B * C,)``."""
+        factor = (var.double() + eps).rsqrt()
+        if weight is not None:
+            factor = factor * weight
+        shift = -mean.double() * factor if bias is None else bias - mean.double() * factor
+        gain, shift = (t.to(dtype).expand(batch, -1).reshape(-1) for t in (factor, shift))
+        return gain, shift
+
     def mixing(self, weight: Tensor, groups: int) -> Mixing:
         """The products of channels, for taps ``(O, I / groups, kh, kw)``."""
         return Mixing(weight, groups)

@@ -7,6 +7,7 @@ reference.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import spectriton_native as native
 from spectriton import reference
 from spectriton._backend import Backend, _format
 from spectriton._mixing import Mixing
-from spectriton.frequencies import FrequencyGrid
+from spectriton.frequencies import FrequencyGrid, frequency_grid
 from spectriton.reference import (
     RowPattern,
     TileIndex,
@@ -549,6 +550,53 @@ class NativeBackend(Backend):
             numbers, scales[kept.rows] = _quantised(numbers.contiguous(), starts, values.dtype)
         values[kept.slots] = numbers
 
+    def norm_statistics(
+        self, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """In one function."""
+        if dtype != torch.float32 or not _stand(values, scales, bitmap, offsets):
+            return None
+        norm = native.Norm.of(_maps(shape))
+        return native.norm_statistics(*_of_norm(values, scales, bitmap, offsets, shape), norm)
+
+    def norm_gradients(
+        self,
+        grad: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        shape: list[int],
+        batch_statistics: bool,
+        eps: float,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Likewise."""
+        parameters = (mean, var) if weight is None else (mean, var, weight)
+        if not (_takes(grad, values, scales, bitmap, offsets) and _all_single(parameters)):
+            return None
+        norm = native.Norm.of(_maps(shape), mean, var, weight, None, eps, batch_statistics)
+        return native.norm_gradients(*_of_norm(values, scales, bitmap, offsets, shape), norm, grad, out)
+
+    def norm_planes(
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        batch: int,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """As the reference's."""
+        given = [t for t in (mean, var, weight, bias) if t is not None]
+        if dtype != torch.float32 or not _all_single(given):
+            return super().norm_planes(weight, bias, mean, var, batch, eps, dtype)
+        return native.norm_planes(native.Norm.of((batch, mean.shape[0], 1), mean, var, weight, bias, eps))
+
     def fit_blocks(self, x: Tensor, layout: BlockLayout, workspace: int) -> tuple[Tensor, Tensor, Tensor]:
         """As the reference's, in three passes over the sample."""
         sample, sampled = block_codec.sample_of(x, layout)
@@ -726,7 +774,10 @@ def _takes(dense: Tensor, *others: Tensor) -> bool:
 
 def _stand(*tensors: Tensor) -> bool:
     """Whether tensors stand in the host's memory as the functions expect them to."""
-    return all(t.is_contiguous() and not t.is_cuda for t in tensors)
+    for t in tensors:  # a generator takes longer than what it asks for
+        if t.is_cuda or not t.is_contiguous():
+            return False
+    return True
 
 
 def _first(kept: KeptRows) -> int:
@@ -753,6 +804,24 @@ def _quantised(kept: Tensor, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor
     out, scales = torch.empty(kept.shape[0], *pairs, dtype=dtype), torch.empty(starts.shape)
     native.quantise(kept, starts, out, scales)
     return out, scales
+
+
+def _all_single(tensors: Iterable[Tensor]) -> bool:
+    return all(t.dtype == torch.float32 and t.is_contiguous() and not t.is_cuda for t in tensors)
+
+
+def _maps(shape: list[int]) -> tuple[int, int, int]:
+    """Batch, channels, and elements of a map."""
+    batch, channels, height, width = shape
+    return batch, channels, height * width
+
+
+def _of_norm(
+    values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int]
+) -> tuple[Part, Tensor, Tensor, Tensor]:
+    """What the functions of batch norms take of a packed spectrum."""
+    part = Part.of(bitmap, slice(0, bitmap.shape[0]), 0, bitmap.shape[1], offsets, values.shape[0])
+    return part, values, scales, _factors(frequency_grid(shape[2], shape[3], bitmap.device), True)
 
 
 @lru_cache(maxsize=128)
@@ -806,6 +875,7 @@ def _pooling(pool: across.Pool, outputs: tuple[int, int, int]) -> native.BlockPo
     return native.BlockPooling.of(outputs, tile, *window, codes, signs, affine, rectify)
 
 
+@lru_cache(maxsize=256)
 def _plan(grid: FrequencyGrid, count: int, transposed: bool = False) -> tuple[native.Plan, Tensor]:
     """How a band that holds the first ``count`` frequencies is transformed, and the places of its parts."""
     by = products(grid, count, torch.float32)

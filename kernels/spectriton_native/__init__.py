@@ -18,7 +18,7 @@ from spectriton_native.dense import (
     spread_maxima,
 )
 from spectriton_native.fit import Classes, fit_blocks, plan_blocks
-from spectriton_native.kept import combine_kept, sum_kept
+from spectriton_native.kept import Norm, combine_kept, norm_gradients, norm_planes, norm_statistics, sum_kept
 from spectriton_native.library import Unavailable, why_unavailable
 from spectriton_native.maps import expand_planes
 from spectriton_native.mix import kernel_spectrum, kernel_spectrum_adjoint, mix, mix_grad_weights, most_channels
@@ -55,6 +55,7 @@ __all__ = [
     "BlockPooling",
     "Classes",
     "Coding",
+    "Norm",
     "Packed",
     "Part",
     "Plan",
@@ -80,6 +81,9 @@ __all__ = [
     "mix_grad_weights",
     "most_channels",
     "move_runs",
+    "norm_gradients",
+    "norm_planes",
+    "norm_statistics",
     "plan_blocks",
     "pool_maxima",
     "pool_maxima_again",

@@ -51,23 +51,16 @@ class Part(ctypes.Structure):
             base: what offsets are counted from.
             local: see ``offsets``.
         """
-        numbers = rows.contiguous() if isinstance(rows, Tensor) else None
-        part = Part(
-            bitmap.data_ptr(),
-            None if offsets is None else offsets.data_ptr(),
-            None if numbers is None else numbers.data_ptr(),
-            0 if isinstance(rows, Tensor) else rows.start,
-            rows.numel() if isinstance(rows, Tensor) else rows.stop - rows.start,
-            bitmap.shape[1],
-            bitmap.shape[2],
-            t0,
-            t1,
-            local,
-            base,
-            limit,
-        )
+        _, tiles, size = bitmap.shape
+        pointer = None if offsets is None else offsets.data_ptr()
+        if isinstance(rows, slice):
+            numbers, listed, first, count = None, None, rows.start, rows.stop - rows.start
+        else:
+            numbers = rows.contiguous()
+            listed, first, count = numbers.data_ptr(), 0, numbers.numel()
+        part = Part(bitmap.data_ptr(), pointer, listed, first, count, tiles, size, t0, t1, local, base, limit)
         part.held = (bitmap, offsets, numbers)
-        part.positions = (t1 - t0) * bitmap.shape[2] * 8
+        part.positions = (t1 - t0) * size * 8
         return part
 
     def with_offsets(self, offsets: Tensor, limit: int) -> Part:

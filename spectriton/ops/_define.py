@@ -151,6 +151,8 @@ _PLAIN = _keys(
     *(DispatchKey.CPU, DispatchKey.CUDA, DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA),
     *(DispatchKey.AutocastCPU, DispatchKey.AutocastCUDA, DispatchKey.ADInplaceOrView),
 )
+_OTHERS = ~_PLAIN
+_TYPES = (Tensor, nn.Parameter)
 # and those that every call has where no mode is active.
 _ALWAYS = _keys(DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView)
 _AUTOGRAD = _keys(DispatchKey.AutogradFunctionality)
@@ -168,4 +170,7 @@ def _is_plain(tensors: Iterable[Tensor]) -> bool:
     if torch._C._len_torch_function_stack() or _profiler_enabled():
         return False
     keys = torch._C._dispatch_keys
-    return all(type(t) in (Tensor, nn.Parameter) and not keys(t).raw_repr() & ~_PLAIN for t in tensors)
+    for t in tensors:  # a generator takes longer
+        if type(t) not in _TYPES or keys(t).raw_repr() & _OTHERS:
+            return False
+    return True

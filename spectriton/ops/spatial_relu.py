@@ -29,7 +29,7 @@ from spectriton.ops._planes import (
 )
 from spectriton.ops._rows import store_rows
 from spectriton.ops.pool2d import _code_bytes, _output_size, check_max_pool, pooled_gradients, pooled_rows
-from spectriton.ops.spectral_batch_norm import check_norm, moved, norm_factor, norm_gradients, per_plane, statistics_of
+from spectriton.ops.spectral_batch_norm import check_norm, moved, norm_gradients, statistics_of
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge, value_dtype_name
 
 _NORM = "Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var"
@@ -67,9 +67,7 @@ def _activated_rows(
     weight, bias, mean, var = norm
     affine = None
     if mean is not None and var is not None:
-        factor = norm_factor(weight, var, eps)
-        offset = -mean.double() * factor if bias is None else bias - mean.double() * factor
-        affine = per_plane(factor.to(dtype), shape[0]), per_plane(offset.to(dtype), shape[0])
+        affine = backend(mean.device).norm_planes(weight, bias, mean, var, shape[0], eps, dtype)
     return pooled_rows(packed, shape, kernel, stride, dtype, workspace, codes, signs, affine, rectify=True)
 
 

@@ -181,7 +181,8 @@ class _Walk:
 
         def buffer(rows: int, sizes: Layout) -> Tensor:
             made = torch.empty(rows, sizes.padded_row, 2, **options)
-            made[:, sizes.row :].zero_()
+            if sizes.padded_row > sizes.row:
+                made[:, sizes.row :].zero_()
             return made
 
         return [buffer(fold * rows, source.sizes) for source in self.sources], buffer(rows, self.outputs)

@@ -259,6 +259,9 @@ def _map_statistics(
     edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``(C,)`` of the maps."""
+    made = backend(bitmap.device).norm_statistics(values, scales, bitmap, offsets, shape, edge.dtype)
+    if made is not None:
+        return made
     walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], (2, 0), workspace)
     zero_mean = values.new_zeros(walk.sizes.channels, dtype=torch.float64)
     power = torch.zeros_like(zero_mean)
@@ -405,13 +408,19 @@ def norm_gradients(
     two terms are those of the batch's statistics. To ``overwrite`` is to write the first gradient over ``grad``.
     """
     active = kind != "identity"
-    walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], (9, 9) if active else (5, 0), workspace)
     grad = grad.contiguous()
+    grad_input = grad if overwrite else grad.new_zeros(values.shape[0] if need_input else 0, 2)
+    if not active:
+        fields, out = (values, scales, bitmap, offsets), grad_input if need_input else None
+        settings = (shape, batch_statistics, eps, out)
+        made = backend(bitmap.device).norm_gradients(grad, *fields, weight, mean, var, *settings)
+        if made is not None:
+            return grad_input, *made, torch.zeros_like(mean)
+    walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], (9, 9) if active else (5, 0), workspace)
     affine = _Affine(walk, weight, bias, mean, var, eps)
     scale = None if activation_scale is None else walk.per_place(activation_scale)
     inner = torch.zeros_like(mean, dtype=torch.float64)  # sum of <g, x> per channel
     grad_zero, grad_scale = torch.zeros_like(inner), torch.zeros_like(inner)
-    grad_input = grad if overwrite else grad.new_zeros(values.shape[0] if need_input else 0, 2)
     for chunk in walk:
         g = chunk.read_gradient(grad)
         centred = affine.centred(values, scales) if chunk.first else None

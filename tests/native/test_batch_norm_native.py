@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spectriton import PackedSpectrum, ops
 from spectriton._backend import Backend
+from spectriton.ops.spectral_batch_norm import norm_gradients
 from spectriton.reference.kept import KeptRows
 
 pytestmark = pytest.mark.usefixtures("build")
@@ -163,3 +164,76 @@ def test_the_op(monkeypatch: pytest.MonkeyPatch, value_dtype: str, kind: str, wo
         # A value between two levels may go to either.
         tolerance = 1e-4 if value_dtype == "float32" else 3e-2
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=tolerance)
+
+
+def behind_a_gap(packed: PackedSpectrum) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values = torch.cat([torch.zeros_like(packed.values[:1]), packed.values])
+    return values, packed.scales, packed.bitmap, packed.offsets + 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("value_dtype", DTYPES)
+def test_statistics(native: Backend, shape: tuple[int, int, int, int], value_dtype: str):
+    """Those of the maps in float64, far from zero, wherever the values stand."""
+    maps = torch.randn(shape, generator=torch.Generator().manual_seed(5)) + 20
+    packed = ops.to_spectral(maps, threshold=0.9, value_dtype=value_dtype)
+    spectrum = packed.to_dense().detach().to(torch.complex128)
+    maps = torch.fft.irfft2(spectrum, s=shape[2:], norm="ortho")
+    fields = (packed.values, packed.scales, packed.bitmap, packed.offsets)
+    for given in (fields, behind_a_gap(packed)):
+        found = native.norm_statistics(*given, list(shape), torch.float32)
+        assert found is not None
+        torch.testing.assert_close(found[0].double(), maps.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[1].double(), maps.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
+    assert native.norm_statistics(*fields, list(shape), torch.float64) is None
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 4, 4)])
+@pytest.mark.parametrize("value_dtype", DTYPES)
+@pytest.mark.parametrize("batch_statistics", [True, False])
+def test_norm_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+    native: Backend,
+    shape: tuple[int, int, int, int],
+    value_dtype: str,
+    batch_statistics: bool,
+):
+    """As by single steps in double precision; the same where values stand elsewhere, or are written over."""
+    packed, sizes, generator = packed_of(shape, value_dtype), list(shape), torch.Generator().manual_seed(3)
+    fields = (packed.values, packed.scales, packed.bitmap, packed.offsets)
+    grad, weight = torch.randn(packed.kept, 2, generator=generator), torch.randn(shape[1], generator=generator)
+    mean, var = torch.randn(shape[1], generator=generator), torch.rand(shape[1], generator=generator) + 0.1
+    monkeypatch.setenv("SPECTRITON_BACKEND", "reference")
+    gap = torch.cat([torch.zeros(1, 2), grad])
+    for gamma in (weight, None):
+        norm = (None if gamma is None else gamma.double(), None, mean.double(), var.double(), None)
+        settings = ("identity", sizes, batch_statistics, 1e-5, 0, True)
+        expected = norm_gradients(grad.double(), *fields, *norm, *settings)
+        for given, above, first in ((fields, grad, 0), (behind_a_gap(packed), gap, 1)):
+            apart, over = torch.full_like(above, float("nan")), above.clone()
+            for taken, out in ((above, apart), (over, over), (above, None)):
+                found = native.norm_gradients(taken, *given, gamma, mean, var, sizes, batch_statistics, 1e-5, out)
+                assert found is not None
+                made = expected[0] if out is None else out[first:]
+                for got, exact in zip((made, *found), expected[:3], strict=True):
+                    atol = 1e-5 * float(exact.abs().max()) if exact.numel() else 0
+                    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=atol)
+
+
+def test_offsets_beyond_the_values(native: Backend):
+    packed, sizes = packed_of((3, 5, 7, 6), "float16"), [3, 5, 7, 6]
+    fields = (packed.values[:-1], packed.scales, packed.bitmap, packed.offsets)
+    with pytest.raises(ValueError, match="damaged"):
+        native.norm_statistics(*fields, sizes, torch.float32)
+    grad, ones = torch.ones(packed.kept - 1, 2), torch.ones(5)
+    with pytest.raises(ValueError, match="damaged"):
+        native.norm_gradients(grad, *fields, None, ones, ones, sizes, True, 0.0, None)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (2, 1)])
+def test_norm_planes(native: Backend, shape: tuple[int, int]):
+    batch, channels = shape
+    mean, weight, bias = torch.randn(3, channels, generator=torch.Generator().manual_seed(1))
+    for gamma, beta in ((weight, bias), (None, None)):
+        settings = (gamma, beta, mean, weight.square(), batch, 1e-5, torch.float32)
+        torch.testing.assert_close(native.norm_planes(*settings), Backend().norm_planes(*settings))

@@ -2,6 +2,8 @@
 
    Numbers are pairs of float32 that follow each other as the values of the part do, from value `first` on. */
 
+#include <math.h>
+
 #include "pairs.h"
 
 typedef struct {
@@ -69,7 +71,7 @@ INLINE int sum_kept_as(const Kept *kept, const float *weight, const float *numbe
             }
             const uint8_t *bits = bitmap_of(part, i, t), *source = kept->values + start * stored_bytes(format);
             const float *other = numbers ? numbers + 2 * (start - kept->first) : 0;
-            const double factor = (double)weight[i] * scale * (numbers ? 1 : scale);
+            const double factor = (weight ? (double)weight[i] : 1) * scale * (numbers ? 1 : scale);
             double *target = sums + (t - part->t0) * bytes * 8;
             for (int64_t j = 0; j < bytes; j++) {
                 const int count = __builtin_popcount(bits[j]);
@@ -88,8 +90,8 @@ INLINE int sum_kept_as(const Kept *kept, const float *weight, const float *numbe
     return missing;
 }
 
-/* Adds up values times numbers, or, without numbers, the squares of values, over the rows, times `weight` (rows,): to
-   `sums` (positions,). */
+/* Adds up values times numbers, or, without numbers, the squares of values, over the rows, times `weight` (rows,) where
+   given: to `sums` (positions,). */
 int sum_kept(const Part *part, const uint8_t *values, int64_t format, const float *scales, int64_t first,
              const float *weight, const float *numbers, double *sums, int64_t threads)
 {
@@ -149,4 +151,146 @@ int combine_kept(const Part *part, const uint8_t *values, int64_t format, const 
 {
     const Kept kept = {part, values, scales, first};
     BY_FORMAT(combine_kept_as, &kept, gain, weight, numbers, factors, out, threads)
+}
+
+/* A batch norm of maps whose planes (batch, channels) stand in the rows of a part that begins with frequency zero. The
+   frequencies behind it enter by sums, and that one, a constant of a map times the root of its elements, by itself: there
+   is no small difference of large sums. */
+typedef struct {
+    int64_t batch, channels, elements; /* elements of a map */
+    int64_t batch_statistics;
+    const float *mean, *var, *gamma, *beta; /* (channels,); gamma and beta may be NULL */
+    double eps;
+} Norm;
+
+static double root_of(const Norm *norm)
+{
+    return sqrt((double)norm->elements);
+}
+
+static double count_of(const Norm *norm)
+{
+    const int64_t count = norm->batch * norm->elements;
+    return count ? (double)count : 1;
+}
+
+static double factor_of(const Norm *norm, int64_t channel)
+{
+    return (norm->gamma ? (double)norm->gamma[channel] : 1) / sqrt((double)norm->var[channel] + norm->eps);
+}
+
+/* The part without its first row. */
+static Part rest_of(const Part *part)
+{
+    Part rest = *part;
+    rest.first_row++;
+    rest.row_count--;
+    return rest;
+}
+
+/* Where the values of the first row stand, a number for each plane, -1 where none is kept. */
+static int places_of_first(const Part *part, int64_t planes, int64_t *places)
+{
+    const int64_t tile = part->tile_bytes * 8;
+    for (int64_t t = 0; t * tile < planes; t++) {
+        const uint8_t *bits = bitmap_of(part, 0, t);
+        int64_t place = start_of(part, 0, t);
+        if (place < 0)
+            return 1;
+        for (int64_t k = 0; k < tile && t * tile + k < planes; k++)
+            places[t * tile + k] = bits[k / 8] >> (k % 8) & 1 ? place++ : -1;
+    }
+    return 0;
+}
+
+static double first_value(const Part *part, const uint8_t *values, int format, const float *scales, int64_t plane,
+                          int64_t place)
+{
+    float real, imaginary;
+    if (place < 0)
+        return 0;
+    read_pair(values + place * stored_bytes(format), format, &real, &imaginary);
+    return format >= INT8 ? real * scales[row_of(part, 0) * part->tiles + plane / (part->tile_bytes * 8)] : real;
+}
+
+/* Mean and biased variance (channels,) of maps; `weight` (rows,) says how often a coefficient counts. `places` (planes,)
+   and `sums` (positions,), which are zeros, are room. */
+int norm_statistics(const Part *part, const uint8_t *values, int64_t format, const float *scales, const float *weight,
+                    const Norm *norm, int64_t *places, double *sums, float *mean, float *var, int64_t threads)
+{
+    const Part rest = rest_of(part);
+    const int64_t channels = norm->channels, planes = norm->batch * channels;
+    if (places_of_first(part, planes, places) ||
+        sum_kept(&rest, values, format, scales, 0, weight + 1, 0, sums, threads))
+        return 1;
+    for (int64_t c = 0; c < channels; c++) {
+        double total = 0, power = 0;
+        for (int64_t p = c; p < planes; p += channels)
+            total += first_value(part, values, (int)format, scales, p, places[p]);
+        const double centre = norm->batch ? total / (double)norm->batch : 0;
+        for (int64_t p = c; p < planes; p += channels) {
+            const double deviation = first_value(part, values, (int)format, scales, p, places[p]) - centre;
+            power += deviation * deviation + sums[p];
+        }
+        mean[c] = (float)(centre / root_of(norm));
+        var[c] = (float)(power / count_of(norm));
+    }
+    return 0;
+}
+
+/* Gradients of gamma and beta (channels,), and of the values: `out`, left out where NULL, which may be `grad`. `places`
+   (planes,), `sums` (positions,), which are zeros, and `tables` (2, positions) are room. */
+int norm_gradients(const Part *part, const uint8_t *values, int64_t format, const float *scales, const float *weight,
+                   const Norm *norm, const float *grad, int64_t *places, double *sums, float *tables, float *out,
+                   float *grad_gamma, float *grad_beta, int64_t threads)
+{
+    const Part rest = rest_of(part);
+    const int64_t channels = norm->channels, planes = norm->batch * channels;
+    float *factors = tables, *pulls = tables + positions_of(part) / (part->row_count ? part->row_count : 1);
+    if (places_of_first(part, planes, places) || sum_kept(&rest, values, format, scales, 0, 0, grad, sums, threads))
+        return 1;
+    for (int64_t c = 0; c < channels; c++) {
+        const double mean = norm->mean[c] * root_of(norm), factor = factor_of(norm, c);
+        const double variance = (double)norm->var[c] + norm->eps;
+        double total = 0, inner = 0;
+        for (int64_t p = c; p < planes; p += channels) {
+            const double zero = places[p] < 0 ? 0 : grad[2 * places[p]];
+            total += zero;
+            inner += zero * (first_value(part, values, (int)format, scales, p, places[p]) - mean) + sums[p];
+        }
+        grad_gamma[c] = (float)(inner / sqrt(variance));
+        grad_beta[c] = (float)(total * root_of(norm));
+        const double pull = norm->batch_statistics ? factor / variance * inner / count_of(norm) : 0;
+        for (int64_t p = c; p < planes; p += channels) {
+            factors[p] = (float)factor;
+            pulls[p] = (float)-pull;
+            if (!out || places[p] < 0)
+                continue;
+            const float *from = grad + 2 * places[p];
+            float *to = out + 2 * places[p], shift = 0;
+            if (norm->batch_statistics)
+                shift = (float)(-factor * total / (double)norm->batch -
+                                pull * (first_value(part, values, (int)format, scales, p, places[p]) - mean));
+            to[0] = from[0] * (float)factor + shift;
+            to[1] = from[1] * (float)factor;
+        }
+    }
+    if (!out)
+        return 0;
+    return combine_kept(&rest, values, format, scales, 0, norm->batch_statistics ? pulls : 0, weight + 1, grad, factors,
+                        out, threads);
+}
+
+/* The norm as a factor and a shift for each plane, (planes,). */
+void norm_planes(const Norm *norm, float *gain, float *shift, int64_t threads)
+{
+    (void)threads;
+    for (int64_t c = 0; c < norm->channels; c++) {
+        const double factor = factor_of(norm, c);
+        const double offset = (norm->beta ? (double)norm->beta[c] : 0) - norm->mean[c] * factor;
+        for (int64_t p = c; p < norm->batch * norm->channels; p += norm->channels) {
+            gain[p] = (float)factor;
+            shift[p] = (float)offset;
+        }
+    }
 }
