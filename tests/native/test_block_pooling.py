@@ -58,7 +58,7 @@ class Case:
         self.packed: PackedSpectrum = packed
         self.fields = (packed.values, packed.scales, packed.bitmap, packed.offsets)
         self.grid: FrequencyGrid = frequency_grid(*self.size)
-        self.index: TileIndex = reference.tile_index(packed.bitmap, packed.offsets)
+        self.index: TileIndex = reference.TileIndex(packed.bitmap, packed.offsets)
         self.outputs = _output_size([n - 2 * margin for n in self.size], list(kernel), list(stride))
         self.count = planes[0] * planes[1]
         self.tile = tile_size(*planes, *self.size)

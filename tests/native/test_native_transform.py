@@ -127,7 +127,7 @@ def test_bits_beyond_the_last_plane_write_nothing() -> None:
     values, scales, bitmap, offsets = given.fields
     bitmap.fill_(255)
     offsets.zero_()
-    index = reference.tile_index(bitmap, offsets)
+    index = reference.TileIndex(bitmap, offsets)
     tiles, room, gathered = (given.grid, 0, bitmap.shape[1]), Room(4, 5, 40), Room(*values.shape)
     maps = room.tensor.permute(2, 0, 1)
     native.unpack_maps(values, scales, bitmap, offsets, *tiles, True, maps, index)
