@@ -12,6 +12,7 @@ from torch import Tensor
 from spectriton_native._call import FORMATS, call, check_complete
 
 _GROUPS = 16  # of rows that csrc/rows.c adds up apart
+_LEAST = 2.0**-149  # the least positive float32
 
 
 class Part(ctypes.Structure):
@@ -154,7 +155,8 @@ def _by_eights(numbers: Tensor) -> Tensor:
 def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor) -> tuple[Tensor, int]:
     """Writes the bitmap of a chunk ``y`` ``(Fc, positions, 2)``; see :func:`spectriton.reference.pack_rows`.
 
-    ``threshold`` is a number or one for each channel, ``(C,)``; squares are compared.
+    ``threshold`` is a number or one for each channel, ``(C,)``; squares are compared. Zeros are below any threshold but
+    zero, whose square may be too small for a number; nothing is below a negative one.
 
     Returns:
         Where the values of each tile begin, ``(Fc, t1 - t0)`` int32, and how many values there are.
@@ -162,9 +164,10 @@ def threshold_rows(part: Part, y: Tensor, length: int, threshold: float | Tensor
     starts = torch.empty(part.tiles_of(), dtype=torch.int32)
     bounds, channels, bound = None, 1, 0.0
     if isinstance(threshold, Tensor):
-        bounds, channels = _by_eights(threshold.square()), threshold.numel()
-    else:
-        bound = float(threshold * threshold)  # a power that is too large is an error
+        squares = torch.where(threshold > 0, threshold.square().clamp_min_(_LEAST), threshold.clamp_max(0))
+        bounds, channels = _by_eights(squares), threshold.numel()
+    elif threshold > 0:
+        bound = max(float(threshold * threshold), _LEAST)  # a power that is too large is an error
     return starts, call("threshold_rows", part, y, length, bounds, channels, bound, starts, result=ctypes.c_int64)
 
 

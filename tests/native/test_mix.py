@@ -12,7 +12,10 @@ from spectriton._mixing import Mixing
 from spectriton._native import NativeBackend, NativeMixing
 from tests.native.spectra import Room
 
-pytestmark = pytest.mark.usefixtures("build")
+pytestmark = [
+    pytest.mark.usefixtures("build"),
+    pytest.mark.parametrize("build", ["this processor", "portable", "AVX"], indirect=True),
+]
 
 # (frequencies, batch, inputs, outputs, groups, taps): tails of rows, of vectors and of panels; nothing at all.
 SIZES = [

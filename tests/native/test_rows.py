@@ -127,7 +127,7 @@ def test_tile_starts(size: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # of the reference
-@pytest.mark.parametrize("threshold", ["number", 1, 3, 8, 40, 0.0, torch.inf, 1e200])
+@pytest.mark.parametrize("threshold", ["number", 1, 3, 8, 40, 0.0, 1e-30, torch.inf, 1e200])
 @pytest.mark.parametrize("size", SIZES)
 def test_threshold_rows(size: tuple[int, int, int], threshold: float | int | str) -> None:
     """By a number, or by one for each of 1, 3, 8 or 40 channels."""
@@ -141,10 +141,11 @@ def test_threshold_rows(size: tuple[int, int, int], threshold: float | int | str
         y = chunk(given, rows, t0, t1)
         y[:, ::3] = torch.tensor([3.0, -4.0])  # of modulus 5, exactly
         y[:, 1::7] = torch.tensor([3.0, 3.75])
+        y[:, 2::11] = 0
         bound: float | Tensor = threshold if isinstance(threshold, float) else 5.0
         channels = threshold if isinstance(threshold, int) else 1
         if isinstance(threshold, int):
-            bound = torch.tensor([5.0, 4.5, 0.0, torch.inf, 5.5]).repeat(8)[:channels]
+            bound = torch.tensor([5.0, -4.5, 0.0, torch.inf, 1e-30, torch.nan]).repeat(7)[:channels]
         bitmaps = [torch.full((frequencies, given.tiles, tile // 8), 0x55, dtype=torch.uint8) for _ in range(2)]
         room = Room(*bitmaps[0].shape, dtype=torch.uint8)
         room.tensor.copy_(bitmaps[0])
