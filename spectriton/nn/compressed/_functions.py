@@ -160,16 +160,15 @@ class Convolution(Function):
         geometry: Geometry = ctx.geometry
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
-        weight = None if weight is None else weight.to(grad.dtype)
+        # For the gradient of the weights they only have to stand in memory as weights do: on a CPU the operator takes
+        # some without strides for channels last, and rearranges the maps.
+        weight = grad.new_empty(ctx.weight_shape) if weight is None else weight.to(grad.dtype)
         if needs_weight:
             assert recipe is not None
             x = recipe.decode(grad.dtype)
             if geometry.pad is not None:
                 x = geometry.pad(x)
-            # The operator looks only at how the weights stand in memory; without strides on a CPU it takes all for
-            # channels last, and rearranges the maps.
-            like = grad.new_empty(ctx.weight_shape) if weight is None else weight
-            _, grad_weight, grad_bias = geometry.backward(grad, x, like, [False, True, needs_bias])
+            _, grad_weight, grad_bias = geometry.backward(grad, x, weight, [False, True, needs_bias])
             # The decoded input is gone before its gradient is made.
             del x
         elif needs_bias:
