@@ -391,6 +391,24 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, *_: ours(x), (x, *ours.parameters()))
 
 
+@pytest.mark.parametrize("channels", [8, 24])
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 2)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (3, 0)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_convolutions_with_few_channels(
+    channels: int, kernel: tuple[int, int], padding: tuple[int, int], layout: torch.memory_format
+):
+    """With fewer than 16 channels the gradient of the input comes of kernels turned round."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, channels, kernel, padding=padding).to(memory_format=layout)
+    x = torch.randn(2, 5, 9, 7).contiguous(memory_format=layout).requires_grad_()
+    grad = torch.randn(conv(x).shape)
+    expected = torch.autograd.grad(conv(x), [x, *conv.parameters()], grad)
+    spectriton.compress(conv, codec=IDENTITY)
+    for got, exact in zip(torch.autograd.grad(conv(x), [x, *conv.parameters()], grad), expected, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-4)
+
+
 class Counting(Codec):
     """Counts what is encoded."""
 

@@ -108,6 +108,8 @@ WINDOWS = [
     Window((5, 5), (1, 1), (2, 2), (1, 1), False),
 ]
 POOLED = [(2, 3, 9, 11), (3, 17, 5, 6), (1, 1, 5, 5), (2, 4, 6, 150)]
+# Windows of two by two cover these: in several pieces, in one, with images that share a byte, with long rows.
+POOLED += [(3, 16, 6, 12), (5, 4, 6, 6), (3, 3, 6, 6), (2, 4, 6, 128), (2, 2, 6, 260)]
 
 
 @ORDERS
@@ -130,12 +132,21 @@ def test_pooling(native: Backend, shape: tuple[int, ...], window: Window, channe
         assert torch.equal(spread, REFERENCE.spread_maxima(grad, window, codes, x.shape, channels_last))
 
 
+@pytest.mark.parametrize("width", [2, 4])
+def test_halving_of_short_rows(native: Backend, width: int):
+    x = maps((5, 24, width, width))
+    for got, expected in zip(native.pool_maxima(x, WINDOWS[0]), REFERENCE.pool_maxima(x, WINDOWS[0]), strict=True):
+        assert_same(got, expected)
+
+
 @ORDERS
-def test_pooling_of_nothing_but_infinity_and_of_ties(native: Backend, channels_last: bool):
-    window = WINDOWS[1]
+@pytest.mark.parametrize(("window", "shape"), [(WINDOWS[1], (2, 3, 6, 5)), (WINDOWS[0], (2, 4, 6, 10))])
+def test_pooling_of_nothing_but_infinity_and_of_ties(
+    native: Backend, window: Window, shape: tuple[int, ...], channels_last: bool
+):
     for value in (-torch.inf, 0.0, torch.nan):
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        x = torch.full((2, 3, 6, 5), value).contiguous(memory_format=layout)
+        x = torch.full(shape, value).contiguous(memory_format=layout)
         got, expected = native.pool_maxima(x, window), REFERENCE.pool_maxima(x, window)
         assert_same(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
@@ -166,6 +177,7 @@ def test_other_formats_and_gaps(native: Backend):
 
 def test_threads_do_not_matter(native: Backend):
     x = maps((5, 9, 33, 31))
+    halved = maps((5, 8, 40, 32))
     statistics = Statistics(torch.ones(9), torch.full((9,), 0.5))
     before = torch.get_num_threads()
     results = []
@@ -177,6 +189,7 @@ def test_threads_do_not_matter(native: Backend):
             results.append(
                 (
                     *(y, bits, pooled, codes),
+                    *native.pool_maxima(halved, WINDOWS[0]),
                     native.clear_outside(x, bits, False, False),
                     native.rebuild(x, statistics, None, bits, False, False),
                     native.pool_maxima_again(y, WINDOWS[1], codes, pooled.shape, False),
