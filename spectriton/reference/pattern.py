@@ -112,13 +112,15 @@ def tile_starts(bitmap: Tensor) -> Tensor:
 
 
 def row_index(rows: slice | Tensor) -> slice | Tensor:
-    """``rows`` (ascending) as a slice where they are consecutive: indexing gives a view then."""
+    """``rows``, in any order, as a slice where they are consecutive: indexing gives a view then."""
     if isinstance(rows, slice):
         return rows
     if rows.numel() == 0:
         return slice(0, 0)
     first, last = int(rows[0]), int(rows[-1]) + 1
-    return slice(first, last) if last - first == rows.numel() else rows
+    # Frequencies that fold onto others are in no order, and may begin and end as if they were.
+    consecutive = last - first == rows.numel() and bool((rows.diff() == 1).all())
+    return slice(first, last) if consecutive else rows
 
 
 def row_pattern(
