@@ -151,11 +151,10 @@ _PLAIN = _keys(
     *(DispatchKey.CPU, DispatchKey.CUDA, DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA),
     *(DispatchKey.AutocastCPU, DispatchKey.AutocastCUDA, DispatchKey.ADInplaceOrView),
 )
-_OTHERS = ~_PLAIN
-_TYPES = (Tensor, nn.Parameter)
 # and those that every call has where no mode is active.
 _ALWAYS = _keys(DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView)
 _AUTOGRAD = _keys(DispatchKey.AutogradFunctionality)
+_TYPES = (Tensor, nn.Parameter)
 
 
 def _is_recording() -> bool:
@@ -171,6 +170,6 @@ def _is_plain(tensors: Iterable[Tensor]) -> bool:
         return False
     keys = torch._C._dispatch_keys
     for t in tensors:  # a generator takes longer
-        if type(t) not in _TYPES or keys(t).raw_repr() & _OTHERS:
+        if type(t) not in _TYPES or keys(t).raw_repr() & ~_PLAIN:
             return False
     return True
