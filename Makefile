@@ -38,7 +38,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.apps $@
 
 quickstart: $(VENV)/.apps
-	$(BIN)/spectriton compare --model lenet --data digits --threshold 0.5 --epochs 3 --seed 0 --out $(QUICKSTART) $(COMPARE_ARGS)
+	$(BIN)/spectriton compare --model lenet --data digits --threshold 0.5 --epochs 20 --seed 0 --out $(QUICKSTART) $(COMPARE_ARGS)
 	@echo
 	@echo "figures: $(QUICKSTART)/report.json"
 	@find $(QUICKSTART) -type f \( -name '*.png' -o -name '*.svg' -o -name '*.pdf' \) | sort | sed 's/^/plot:    /'
