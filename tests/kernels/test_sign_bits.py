@@ -77,12 +77,17 @@ def test_empty_maps_and_maps_with_gaps(device):
 
 
 @pytest.mark.parametrize("config", RECTIFY.space, ids=str)
-def test_every_configuration(config, device):
-    assert RECTIFY.space == CLEAR_OUTSIDE.space
+def test_every_configuration_of_rectifying(config, device):
     x = maps((1, 1, 3, 2731), torch.float32, device).view(-1)
     y, outside = torch.full_like(x, -7), torch.full((-(-x.numel() // 8),), 77, dtype=torch.uint8, device=device)
     plan_rectify(x, math.inf, y, outside, config).run()
     assert torch.equal(outside, bits.pack(x <= 0, 1))
     assert torch.equal(y.nan_to_num(9), x.relu().nan_to_num(9))
+
+
+@pytest.mark.parametrize("config", CLEAR_OUTSIDE.space, ids=str)
+def test_every_configuration_of_clearing(config, device):
+    x = maps((1, 1, 3, 2731), torch.float32, device).view(-1)
+    y, outside = torch.full_like(x, -7), bits.pack(x <= 0, 1)
     plan_clear_outside(x, outside, y, config).run()
     assert torch.equal(y.nan_to_num(9), x.masked_fill(x <= 0, 0).nan_to_num(9))
