@@ -23,6 +23,7 @@ from spectriton.reference.pattern import channel_of
 from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.reference.rounding import noise_key
 from spectriton.reference.spectral_activation import activate_backward
+from spectriton.reference.spectral_batch_norm import norm_planes
 from spectriton.reference.unpack import read_values, take_values
 
 BACKENDS = ("auto", "triton", "native", "reference")
@@ -139,6 +140,7 @@ class Backend:
     sum_kept = staticmethod(kept.sum_kept)
     scale_kept = staticmethod(kept.scale_kept)
     combine_kept = staticmethod(kept.combine_kept)
+    norm_planes = staticmethod(norm_planes)
     store_kept = staticmethod(kept.store_kept)
 
     def norm_statistics(
@@ -164,24 +166,6 @@ class Backend:
     ) -> tuple[Tensor, Tensor] | None:
         """Gradients ``(C,)`` of weight and bias of a batch norm, and those of the values to ``out``; None likewise."""
         return None
-
-    def norm_planes(
-        self,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        batch: int,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        """A batch norm as a factor and a shift for each plane, ``(B * C,)``."""
-        factor = (var.double() + eps).rsqrt()
-        if weight is not None:
-            factor = factor * weight
-        shift = -mean.double() * factor if bias is None else bias - mean.double() * factor
-        gain, shift = (t.to(dtype).expand(batch, -1).reshape(-1) for t in (factor, shift))
-        return gain, shift
 
     def mixing(self, weight: Tensor, groups: int) -> Mixing:
         """The products of channels, for taps ``(O, I / groups, kh, kw)``."""

@@ -7,7 +7,6 @@ reference.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -576,7 +575,7 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor, Tensor] | None:
         """Likewise."""
         parameters = (mean, var) if weight is None else (mean, var, weight)
-        if not (_takes(grad, values, scales, bitmap, offsets) and _all_single(parameters)):
+        if not (_takes(grad, values, scales, bitmap, offsets) and all(map(_takes, parameters))):
             return None
         norm = native.Norm.of(_maps(shape), mean, var, weight, None, eps, batch_statistics)
         return native.norm_gradients(*_of_norm(values, scales, bitmap, offsets, shape), norm, grad, out)
@@ -593,7 +592,7 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         """As the reference's."""
         given = [t for t in (mean, var, weight, bias) if t is not None]
-        if dtype != torch.float32 or not _all_single(given):
+        if dtype != torch.float32 or not all(map(_takes, given)):
             return super().norm_planes(weight, bias, mean, var, batch, eps, dtype)
         return native.norm_planes(native.Norm.of((batch, mean.shape[0], 1), mean, var, weight, bias, eps))
 
@@ -804,10 +803,6 @@ def _quantised(kept: Tensor, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor
     out, scales = torch.empty(kept.shape[0], *pairs, dtype=dtype), torch.empty(starts.shape)
     native.quantise(kept, starts, out, scales)
     return out, scales
-
-
-def _all_single(tensors: Iterable[Tensor]) -> bool:
-    return all(t.dtype == torch.float32 and t.is_contiguous() and not t.is_cuda for t in tensors)
 
 
 def _maps(shape: list[int]) -> tuple[int, int, int]:

@@ -359,7 +359,6 @@ def _packed_max_pool2d_backward(
 ) -> Tensor:
     grads, sizes = grad.flatten(0, 1), layout(shape)
     pooling = _Pooling(sizes, kernel, stride, grad.device, margin=margin)
-
     primitives, grid = backend(grad.device), frequency_grid(sizes.height, sizes.width, grad.device)
     pool, index = pooling.of_planes(0, sizes.row, codes), primitives.tile_index(bitmap, offsets)
     out = primitives.gather_pooled(grads, pool, bitmap, offsets, grid, kept, index)

@@ -40,6 +40,7 @@ from spectriton.ops.spectral_activation import spectral_activation
 from spectriton.packed import Origin, PackedSpectrum, layout, make_edge
 from spectriton.reference.kept import KeptRows
 from spectriton.reference.spectral_activation import activate, activate_backward_input
+from spectriton.reference.spectral_batch_norm import norm_factor, per_plane
 from spectriton.reference.unpack import put_values, take_values
 
 
@@ -307,17 +308,6 @@ class _Affine:
         if centred is not None:
             chunk.zero_frequency(out).copy_(centred * self._factor + self._bias)
         return out
-
-
-def per_plane(per_channel: Tensor, batch: int) -> Tensor:
-    """``(C,)`` to the planes ``(B * C,)``."""
-    return per_channel.expand(batch, -1).reshape(-1)
-
-
-def norm_factor(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
-    """``gamma / sigma`` ``(C,)``, float64."""
-    inverse = (var.double() + eps).rsqrt()
-    return inverse if weight is None else inverse * weight
 
 
 @define_op(

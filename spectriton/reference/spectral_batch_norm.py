@@ -1,4 +1,4 @@
-"""Batch norm of dense half spectra, exact by Parseval's theorem."""
+"""Batch norm of dense half spectra, exact by Parseval's theorem; and as factors and shifts of channels and planes."""
 
 from __future__ import annotations
 
@@ -44,3 +44,31 @@ def spectral_batch_norm(
         shifted = shifted + bias.to(zero.dtype) * root
     out[:, :, 0, 0] = shifted.to(out.dtype)
     return out, mean, var
+
+
+def norm_factor(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
+    """``gamma / sigma`` ``(C,)``, float64."""
+    inverse = (var.double() + eps).rsqrt()
+    return inverse if weight is None else inverse * weight
+
+
+def per_plane(per_channel: Tensor, batch: int) -> Tensor:
+    """``(C,)`` to the planes ``(B * C,)``."""
+    return per_channel.expand(batch, -1).reshape(-1)
+
+
+def norm_planes(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, batch: int, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A batch norm as a factor and a shift for each plane, ``(B * C,)`` of ``dtype``.
+
+    Args:
+        weight, bias: ``(C,)`` or None, as of ``nn.BatchNorm2d``.
+        mean, var: ``(C,)``, the variance biased.
+        batch: B.
+        eps: added to the variance.
+        dtype: of the result; made in float64.
+    """
+    factor = norm_factor(weight, var, eps)
+    shift = -mean.double() * factor if bias is None else bias - mean.double() * factor
+    return per_plane(factor.to(dtype), batch), per_plane(shift.to(dtype), batch)
