@@ -124,6 +124,7 @@ class Backend:
     planes_innermost = staticmethod(reference.planes_innermost)
     by_products = staticmethod(reference.by_products)
     unpack_planes = staticmethod(reference.unpack_planes)
+    rows_of_half = staticmethod(reference.rows_of_half)
     rows_of_maps = staticmethod(reference.rows_of_maps)
     channel_means = staticmethod(block_codec.channel_means)
     rectify = staticmethod(bits.rectify)
@@ -275,6 +276,27 @@ class Backend:
         row_scale = None if weighted else 1 / grid.weight
         self.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, out.shape[0], row_scale, half, index)
         reference.maps_of_half(torch.view_as_complex(half), grid, out)
+
+    def make_maps(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        planes: int,
+        weighted: bool,
+        innermost: bool,
+        dtype: torch.dtype,
+        index: TileIndex | None,
+    ) -> Tensor:
+        """The real maps ``(planes, H, W)`` that :meth:`unpack_maps` writes, with planes innermost in memory or not."""
+        like, size = values.new_empty(0, dtype=dtype), [grid.height, grid.width]
+        maps = across.empty_across(like, planes, size) if innermost else like.new_empty(planes, *size)
+        self.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, maps, index)
+        return maps
 
     def gather_maps(
         self,
@@ -524,6 +546,84 @@ class TritonBackend(Backend):
         """As the reference's."""
         return self._kernels.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, count, row_scale, out)
 
+    def planes_innermost(self, grid: FrequencyGrid) -> bool:
+        """Never: maps take the fast transform, on a CPU as on a GPU."""
+        return False
+
+    def by_products(self, grid: FrequencyGrid, maps: Tensor) -> bool:
+        """Likewise."""
+        return False
+
+    def rows_of_half(self, half: Tensor, grid: FrequencyGrid, padded: int, row_scale: Tensor | None = None) -> Tensor:
+        """As the reference's; times a factor ``(F,)`` of each row where there are any."""
+        pairs = torch.view_as_real(half.contiguous())
+        out = pairs.new_empty(grid.count, padded, 2)
+        return self._kernels.rows_of_half(pairs, grid, row_scale, out)
+
+    def _rows_of_maps(self, maps: Tensor, grid: FrequencyGrid, padded: int, own: float) -> Tensor:
+        # On a GPU a normalised transform passes over its result once more.
+        half = torch.fft.rfft2(maps, norm="backward")
+        return self.rows_of_half(half, grid, padded, _ortho_scale(grid, 1.0, own, maps.dtype))
+
+    def rows_of_maps(self, maps: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
+        """As the reference's."""
+        return self._rows_of_maps(maps, grid, padded, 1.0)
+
+    def make_maps(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        planes: int,
+        weighted: bool,
+        innermost: bool,
+        dtype: torch.dtype,
+        index: TileIndex | None,
+    ) -> Tensor:
+        """As the reference's."""
+        half = values.new_empty(planes, grid.height, grid.half_width, 2, dtype=dtype)
+        # irfft2 counts a coefficient twice where its conjugate is not stored, which the adjoint does not.
+        row_scale = _ortho_scale(grid, 1.0 if weighted else 0.5, 1.0, dtype)
+        self.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, planes, row_scale, half)
+        # What is written to a given place, or normalised, is passed over once more on a GPU.
+        return torch.fft.irfft2(torch.view_as_complex(half), s=(grid.height, grid.width), norm="forward")
+
+    def unpack_maps(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        weighted: bool,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> None:
+        """As the reference's."""
+        fields = (values, scales, bitmap, offsets)
+        out.copy_(self.make_maps(*fields, grid, t0, t1, out.shape[0], weighted, False, out.dtype, index))
+
+    def gather_maps(
+        self,
+        maps: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        grid: FrequencyGrid,
+        t0: int,
+        t1: int,
+        out: Tensor,
+        index: TileIndex | None,
+    ) -> None:
+        """As the reference's."""
+        rows = self._rows_of_maps(maps, grid, (t1 - t0) * bitmap.shape[2] * 8, 0.5)
+        self.gather_rows(rows, bitmap, offsets, slice(0, grid.count), t0, out)
+
     def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
         """Of all rows: the kernels pass over those without bits."""
         return block_codec.make_plan(stored, layout, compact=False)
@@ -656,6 +756,13 @@ class TritonBackend(Backend):
 
 def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+@lru_cache(maxsize=256)
+def _ortho_scale(grid: FrequencyGrid, pair: float, own: float, dtype: torch.dtype) -> Tensor:
+    """``(F,)``: what makes a transform an ortho one, times ``pair``, or ``own`` for what is its own conjugate."""
+    root = (grid.height * grid.width) ** 0.5
+    return torch.full_like(grid.weight, pair / root).masked_fill_(grid.weight == 1, own / root).to(dtype)
 
 
 def _row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:

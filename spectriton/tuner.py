@@ -417,6 +417,23 @@ def _unpack_planes(case: Case, random: _Random) -> Problem:
     return Problem(run, expected, _nbytes(out) + given.nbytes)
 
 
+def _rows_of_half(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.rows_of_half import plan_rows_of_half
+
+    (padded, positions), (dtype,) = case.sizes, case.dtypes
+    grid = _grid_of(positions, random.device)
+    half = random.real(padded, grid.height, grid.half_width, 2, dtype=dtype)
+    out = half.new_empty(grid.count, padded, 2)
+
+    def run(config: Any) -> Run:
+        _spoil(out)
+        return Run(plan_rows_of_half(half, grid, None, out, config).run, lambda: (out,))
+
+    return Problem(
+        run, lambda: (reference.rows_of_half(torch.view_as_complex(half), grid, padded),), _nbytes(half, out)
+    )
+
+
 def _kernel_spectrum(case: Case, random: _Random) -> Problem:
     from spectriton_kernels.kernel_spectrum import plan_kernel_spectrum
 
@@ -619,6 +636,7 @@ _PROBLEMS: dict[str, Callable[[Case, _Random], Problem]] = {
     "gather_rows": _gather_rows,
     "unpack_rows": _unpack_rows,
     "unpack_planes": _unpack_planes,
+    "rows_of_half": _rows_of_half,
     "kernel_spectrum": _kernel_spectrum,
     "kernel_spectrum_adjoint": _kernel_spectrum_adjoint,
     "decode_blocks": _decode_blocks,
@@ -763,6 +781,7 @@ def layer_cases(batch: int, channels: int, size: int, kernel: int) -> Iterator[C
         yield Case("pack_rows", (single, values), tiles)
         yield Case("unpack_rows", (single, values), tiles)
         yield Case("unpack_planes", (single, values), (planes, positions, sizes.tile))
+    yield Case("rows_of_half", (single,), (planes, positions))
     for values in (single, torch.int8):
         yield Case("gather_rows", (single, values), tiles)
     for name in ("kernel_spectrum", "kernel_spectrum_adjoint"):

@@ -10,6 +10,7 @@ from .kernel_spectrum import kernel_spectrum, kernel_spectrum_adjoint
 from .max_pool import can_pool, pool_maxima, pool_maxima_again, spread_maxima
 from .pack import gather_rows, pack_rows
 from .rebuild import rebuild
+from .rows_of_half import rows_of_half
 from .sign_bits import clear_outside, rectify
 from .spectral_activation import spectral_activation, spectral_activation_backward
 from .unpack import unpack_planes, unpack_rows
@@ -30,6 +31,7 @@ __all__ = [
     "pool_maxima_again",
     "rebuild",
     "rectify",
+    "rows_of_half",
     "spectral_activation",
     "spectral_activation_backward",
     "spread_maxima",

@@ -91,7 +91,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Planes:
-    """`unpack_planes`.
+    """`unpack_planes` and `rows_of_half`.
 
     Attributes:
         planes, positions: planes and positions of the half spectrum that a program transposes at once.
@@ -278,6 +278,14 @@ UNPACK_PLANES = Tunable(
     ),
     lambda dtypes, sizes: Planes(32, 32, 4),
 )
+ROWS_OF_HALF = Tunable(
+    "rows_of_half",
+    ("planes", "positions"),
+    tuple(
+        Planes(*numbers) for numbers in ((32, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 8), (32, 64, 8))
+    ),
+    lambda dtypes, sizes: Planes(32, 32, 4),
+)
 _SPECTRUM_SIZES = ("frequencies", "groups", "inputs", "outputs", "taps")
 KERNEL_SPECTRUM = Tunable(
     "kernel_spectrum",
@@ -348,6 +356,7 @@ TUNABLES: dict[str, Tunable[Any]] = {
         GATHER_ROWS,
         UNPACK_ROWS,
         UNPACK_PLANES,
+        ROWS_OF_HALF,
         KERNEL_SPECTRUM,
         KERNEL_SPECTRUM_ADJOINT,
         DECODE_BLOCKS,

@@ -18,6 +18,7 @@ from .kernel_spectrum import plan_kernel_spectrum, plan_kernel_spectrum_adjoint
 from .max_pool import plan_pool_maxima, plan_spread_maxima
 from .pack import LOW_BIT_VALUES, plan_gather_rows, plan_pack_rows
 from .rebuild import plan_rebuild
+from .rows_of_half import plan_rows_of_half
 from .sign_bits import plan_clear_outside, plan_rectify
 from .spectral_activation import KINDS, plan_spectral_activation, plan_spectral_activation_backward
 from .unpack import plan_unpack_planes, plan_unpack_rows
@@ -143,6 +144,13 @@ def _unpack_planes(value_dtype: torch.dtype, dtype: torch.dtype, row_scale: bool
     factors = _meta(FREQUENCIES) if row_scale else None
     grid = SimpleNamespace(source=_meta(HEIGHT * HALF_WIDTH, dtype=torch.int32))
     return plan_unpack_planes(values, scales, bitmap, offsets, grid, 0, 2, 2048, factors, out, config)
+
+
+def _rows_of_half(dtype: torch.dtype, row_scale: bool = False, config: Any = None) -> Launch:
+    half, out = _meta(2048, HEIGHT, HALF_WIDTH, 2, dtype=dtype), _meta(FREQUENCIES, 2048, 2, dtype=dtype)
+    source = _meta(HEIGHT * HALF_WIDTH, dtype=torch.int32)
+    grid = SimpleNamespace(height=HEIGHT, width=WIDTH, count=FREQUENCIES, source=source)
+    return plan_rows_of_half(half, grid, _meta(FREQUENCIES, dtype=dtype) if row_scale else None, out, config)
 
 
 def _spectrum(
@@ -276,6 +284,7 @@ CORE = frozenset(
         "unpack_rows fp32 to fp32",
         "unpack_planes fp32 to fp32",
         "unpack_planes int4 to fp32",
+        "rows_of_half fp32 row_scale",
         "kernel_spectrum fp32 to bf16 3x3",
         "kernel_spectrum_adjoint fp32 from fp32 3x3",
         "decode_blocks fp32 64 channels 8x8",
@@ -351,6 +360,9 @@ def examples() -> list[Example]:
     for pair in ((single, single), (double, double), (brain, single), (bytes_, single), (nibbles, single)):
         add(f"unpack_planes {_arrow(pair)}", _unpack_planes, *pair)
     add("unpack_planes fp32 to fp32 row_scale", _unpack_planes, single, single, True)
+    for dtype in (single, double):
+        add(f"rows_of_half {SHORT_NAMES[dtype]}", _rows_of_half, dtype, loads=True, stores=True)
+        add(f"rows_of_half {SHORT_NAMES[dtype]} row_scale", _rows_of_half, dtype, True, loads=True, stores=True)
 
     dense, narrow, depthwise = (CHANNELS, CHANNELS, 1), (3, 96, 1), (CHANNELS, CHANNELS, CHANNELS)
     for pair in ((single, single), (single, brain), (single, half), (double, double)):

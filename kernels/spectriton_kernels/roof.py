@@ -133,6 +133,7 @@ WORK = {
         passes=lambda launch: launch.meta["TILE"] // launch.meta["BLOCK_P"],
         in_pass=lambda meta: ("STG", 8 * meta["BLOCK_P"] * meta["BLOCK_S"]),
     ),
+    "rows_of_half": _stream(3, 8, "rows_of_half fp32 row_scale"),
     "kernel_spectrum": Work(
         ("kernel_spectrum fp32 to fp32 3x3",),
         2,

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectriton import reference
 from spectriton._backend import backend, workspace_bytes
 from spectriton._counts import Counts, note_counts
 from spectriton.frequencies import frequency_grid
@@ -496,11 +495,10 @@ def rows_of_spectrum(spectrum: Tensor, size: tuple[int, int], dtype: torch.dtype
 
     def rows_of(first: int, last: int, padded: int) -> Tensor:
         half = planes(first, last).to(dtype.to_complex())
-        rows = reference.rows_of_half(half, grid, padded)
-        if fold:
+        rows = backend(half.device).rows_of_half(half, grid, padded)
+        if fold:  # none onto a frequency that is its own conjugate
             mirrored = half.flatten(1)[:, grid.mirror_index].T.conj_physical()
             rows[grid.mirror_row, : last - first] += torch.view_as_real(mirrored.contiguous())
-        rows[:, :, 1].index_fill_(0, grid.self_conjugate, 0)
         return rows
 
     return rows_of

@@ -511,10 +511,9 @@ def _map_reader(
 
     def maps_of(t0: int, t1: int) -> Tensor:
         planes = min(t1 * sizes.tile, sizes.row) - t0 * sizes.tile
-        like, size = values.new_empty(0, dtype=dtype), [sizes.height, sizes.width]
-        maps = empty_across(like, planes, size) if across else like.new_empty(planes, *size)
-        primitives.unpack_maps(values, scales, bitmap, offsets, grid, t0, t1, weighted, maps, index)
-        return maps
+        return primitives.make_maps(
+            values, scales, bitmap, offsets, grid, t0, t1, planes, weighted, across, dtype, index
+        )
 
     return maps_of
 

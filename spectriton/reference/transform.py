@@ -129,23 +129,22 @@ def _rows_by_products(maps: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
 
 
 def rows_of_half(half: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
-    """Half spectra ``(n, H, Wh)`` to pairs ``(F, padded, 2)``, zero where there is no plane."""
+    """Half spectra ``(n, H, Wh)`` to pairs ``(F, padded, 2)``, zero where there is no plane.
+
+    What is its own conjugate becomes exactly real.
+    """
     rows = torch.view_as_real(half.flatten(1).T.contiguous().index_select(0, grid.index))
     if rows.shape[1] < padded:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, padded - rows.shape[1]))
+    rows[:, :, 1].index_fill_(0, grid.self_conjugate, 0)  # by indexing, a GPU would be sent the number
     return rows
 
 
 def rows_of_maps(maps: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
-    """Real maps ``(n, H, W)`` to the pairs ``(F, padded, 2)`` of their ortho spectra, zero where there is no plane.
-
-    What is its own conjugate is exactly real.
-    """
+    """Real maps ``(n, H, W)`` to the pairs ``(F, padded, 2)`` of their ortho spectra; see :func:`rows_of_half`."""
     if by_products(grid, maps):
         return _rows_by_products(maps, grid, padded)
-    rows = rows_of_half(torch.fft.rfft2(maps, norm="ortho"), grid, padded)
-    rows[:, :, 1].index_fill_(0, grid.self_conjugate, 0)  # by indexing, a GPU would be sent the number
-    return rows
+    return rows_of_half(torch.fft.rfft2(maps, norm="ortho"), grid, padded)
 
 
 def maps_of_half(half: Tensor, grid: FrequencyGrid, out: Tensor) -> None:
