@@ -338,6 +338,20 @@ class Backend:
         """
         return False
 
+    def pool_planes(self, maps: Tensor, pool: across.Pool, out: Tensor) -> bool:
+        """Writes ``out`` ``(n, Ho, Wo)``, codes and signs of ``pool`` of maps ``(n, H, W)``, in the order of ``out``.
+
+        Only where one kernel does it all; returns whether it was done. The maps may be written over.
+        """
+        return False
+
+    def spread_planes(self, grad: Tensor, pool: across.Pool, size: list[int]) -> Tensor | None:
+        """The adjoint of :meth:`pool_planes`, for gradients ``(n, Ho, Wo)`` and maps ``size``, or None likewise.
+
+        Where windows are single elements, the gradients are written over and given back.
+        """
+        return None
+
     def rows_of_pooled(
         self,
         values: Tensor,
@@ -623,6 +637,22 @@ class TritonBackend(Backend):
         """As the reference's."""
         rows = self._rows_of_maps(maps, grid, (t1 - t0) * bitmap.shape[2] * 8, 0.5)
         self.gather_rows(rows, bitmap, offsets, slice(0, grid.count), t0, out)
+
+    def pool_planes(self, maps: Tensor, pool: across.Pool, out: Tensor) -> bool:
+        """Where the kernels take the windows."""
+        if not (self._kernels.can_pool_planes(pool.windows, maps.dtype) and out.is_contiguous()):
+            return False
+        windows, codes, signs, affine, rectify = pool
+        self._kernels.pool_planes(maps.contiguous(), windows, out, codes, signs, affine, rectify)
+        return True
+
+    def spread_planes(self, grad: Tensor, pool: across.Pool, size: list[int]) -> Tensor | None:
+        """Likewise."""
+        if not self._kernels.can_pool_planes(pool.windows, grad.dtype):
+            return None
+        grad = grad.contiguous()
+        out = grad if pool.codes is None else grad.new_empty(grad.shape[0], *size)
+        return self._kernels.spread_planes(grad, pool.windows, pool.codes, pool.signs, out)
 
     def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
         """Of all rows: the kernels pass over those without bits."""

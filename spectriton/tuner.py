@@ -30,7 +30,7 @@ from spectriton import _backend, environment, reference, tuning
 from spectriton._check import check_choice, fail
 from spectriton.frequencies import FrequencyGrid, frequency_grid
 from spectriton.packed import layout
-from spectriton.reference import bits, block_codec, max_pool
+from spectriton.reference import across, bits, block_codec, max_pool
 from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.timing import MOST_SETS, Stopwatch, copy_seconds, evict, input_sets
 
@@ -626,6 +626,70 @@ def _spread_maxima(case: Case, random: _Random) -> Problem:
     return Problem(run, lambda: (max_pool.spread_maxima(grad, window, codes, shape, True),), _nbytes(grad, codes, out))
 
 
+# Results down and across a plane.
+_PLANE_EDGE = 16
+
+
+def _side_by_side(case: Case) -> max_pool.Window:
+    kernel = (case.sizes[1], case.sizes[2])
+    return max_pool.Window(kernel, kernel, (0, 0), (1, 1), False)
+
+
+def _pooled_planes(
+    planes: int, case: Case, random: _Random
+) -> tuple[Tensor, across.Windows, tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """Maps, windows side by side, factors and shifts of planes, and what batch norm, pooling and ReLU make of these.
+
+    All are whole numbers, so that no rounding decides on a bit.
+    """
+    (_, *kernel), (dtype,), window = case.sizes, case.dtypes, _side_by_side(case)
+    maps = random.real(planes, *(_PLANE_EDGE * n for n in kernel), dtype=dtype).mul_(16).round_()
+    gain, shift = (random.real(planes, dtype=dtype).mul_(4).round_() for _ in range(2))
+    y, codes = max_pool.pool_maxima(torch.addcmul(shift[:, None, None], maps, gain[:, None, None])[:, None], window)
+    signs = bits.pack((y <= 0).logical_not_().view(-1), 1)
+    windows = across.Windows(kernel, kernel, window.bits, 32)
+    return maps, windows, (gain, shift), (y[:, 0].clamp_min_(0), None if kernel == [1, 1] else codes, signs)
+
+
+def _pool_planes(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.pool_planes import plan_pool_planes
+
+    maps, windows, affine, made = _pooled_planes(max(1, case.sizes[0] // _PLANE_EDGE**2), case, random)
+    out, codes, signs = (None if t is None else torch.empty_like(t) for t in made)
+    assert out is not None
+    written = [t for t in (out, codes, signs) if t is not None]
+
+    def run(config: Any) -> Run:
+        _spoil(*written)
+        launch = plan_pool_planes(maps, windows, out, codes, signs, affine, True, config)
+        return Run(launch.run, lambda: tuple(written))
+
+    return Problem(run, lambda: tuple(t for t in made if t is not None), _nbytes(maps, *written))
+
+
+def _spread_planes(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.pool_planes import plan_spread_planes
+
+    of_plane = _PLANE_EDGE**2 * case.sizes[1] * case.sizes[2]
+    maps, windows, _, (y, codes, signs) = _pooled_planes(max(1, case.sizes[0] // of_plane), case, random)
+    assert y is not None and signs is not None
+    grad, out = random.real(*y.shape, dtype=y.dtype), torch.empty_like(maps)
+
+    def run(config: Any) -> Run:
+        _spoil(out)
+        return Run(plan_spread_planes(grad, windows, codes, signs, out, config).run, lambda: (out,))
+
+    def expected() -> tuple[Tensor, ...]:
+        passed = grad * bits.unpack(signs, 1, grad.numel()).view_as(grad)
+        if codes is None:
+            return (passed,)
+        window = _side_by_side(case)
+        return (max_pool.spread_maxima(passed[:, None], window, codes, maps[:, None].shape, False)[:, 0],)
+
+    read = [t for t in (grad, codes, signs) if t is not None]
+    return Problem(run, expected, _nbytes(out, *read))
+
+
 _PROBLEMS: dict[str, Callable[[Case, _Random], Problem]] = {
     "complex_product": _complex_product,
     "complex_product_broadcast": _complex_product_broadcast,
@@ -646,6 +710,8 @@ _PROBLEMS: dict[str, Callable[[Case, _Random], Problem]] = {
     "rebuild": _rebuild,
     "pool_maxima": _pool_maxima,
     "spread_maxima": _spread_maxima,
+    "pool_planes": _pool_planes,
+    "spread_planes": _spread_planes,
 }
 
 
@@ -798,6 +864,10 @@ def layer_cases(batch: int, channels: int, size: int, kernel: int) -> Iterator[C
     for window in (2, 3):
         yield Case("pool_maxima", brain, (positions // 4, channels, window, window))
         yield Case("spread_maxima", brain, (positions, channels, window, window))
+    of_maps = planes * size * size
+    for window in (1, 2):
+        yield Case("pool_planes", (single,), (of_maps // window**2, window, window))
+        yield Case("spread_planes", (single,), (of_maps, window, window))
 
 
 def unique(cases: Iterable[Case]) -> list[Case]:

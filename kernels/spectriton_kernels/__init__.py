@@ -9,6 +9,7 @@ from .complex_product import complex_product
 from .kernel_spectrum import kernel_spectrum, kernel_spectrum_adjoint
 from .max_pool import can_pool, pool_maxima, pool_maxima_again, spread_maxima
 from .pack import gather_rows, pack_rows
+from .pool_planes import can_pool_planes, pool_planes, spread_planes
 from .rebuild import rebuild
 from .rows_of_half import rows_of_half
 from .sign_bits import clear_outside, rectify
@@ -19,6 +20,7 @@ __all__ = [
     "block_tables",
     "can_code",
     "can_pool",
+    "can_pool_planes",
     "clear_outside",
     "complex_product",
     "decode_blocks",
@@ -29,12 +31,14 @@ __all__ = [
     "pack_rows",
     "pool_maxima",
     "pool_maxima_again",
+    "pool_planes",
     "rebuild",
     "rectify",
     "rows_of_half",
     "spectral_activation",
     "spectral_activation_backward",
     "spread_maxima",
+    "spread_planes",
     "unpack_planes",
     "unpack_rows",
 ]

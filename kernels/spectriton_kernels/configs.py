@@ -343,6 +343,10 @@ POOL_MAXIMA = Tunable(
     lambda dtypes, sizes: Stream(2048, 4),
 )
 SPREAD_MAXIMA = Tunable("spread_maxima", _POOLED_SIZES, _POOLS, lambda dtypes, sizes: Stream(4096, 4))
+# Of the results, or of the maps for their gradient: how many, then the window.
+_PLANE_SIZES = ("values", "window rows", "window columns")
+POOL_PLANES = Tunable("pool_planes", _PLANE_SIZES, _POOLS, lambda dtypes, sizes: Stream(4096, 4))
+SPREAD_PLANES = Tunable("spread_planes", _PLANE_SIZES, _POOLS, lambda dtypes, sizes: Stream(4096, 4))
 
 TUNABLES: dict[str, Tunable[Any]] = {
     tunable.kernel: tunable
@@ -366,5 +370,7 @@ TUNABLES: dict[str, Tunable[Any]] = {
         REBUILD,
         POOL_MAXIMA,
         SPREAD_MAXIMA,
+        POOL_PLANES,
+        SPREAD_PLANES,
     )
 }

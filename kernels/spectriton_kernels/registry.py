@@ -17,6 +17,7 @@ from .complex_product import plan_complex_product
 from .kernel_spectrum import plan_kernel_spectrum, plan_kernel_spectrum_adjoint
 from .max_pool import plan_pool_maxima, plan_spread_maxima
 from .pack import LOW_BIT_VALUES, plan_gather_rows, plan_pack_rows
+from .pool_planes import plan_pool_planes, plan_spread_planes
 from .rebuild import plan_rebuild
 from .rows_of_half import plan_rows_of_half
 from .sign_bits import plan_clear_outside, plan_rectify
@@ -269,6 +270,20 @@ def _pool(name: str, dtype: torch.dtype, edge: int, channels_last: bool, config:
     return plan_pool_maxima(x, window, channels_last, y, codes, name == "pool_maxima again", config)
 
 
+def _planes(name: str, dtype: torch.dtype, edge: int, stride: int, norm: bool = True, config: Any = None) -> Launch:
+    """With ReLU, and for `norm` a batch norm before it."""
+    bits = 1 if edge == 1 else 2 if edge == 2 else 4
+    windows = SimpleNamespace(kernel=[edge, edge], stride=[stride, stride], bits=bits, margin=0)
+    maps = _meta(2048, HEIGHT, WIDTH, dtype=dtype)
+    results = _meta(2048, *((n - edge) // stride + 1 for n in (HEIGHT, WIDTH)), dtype=dtype)
+    codes = None if edge == 1 else _meta(results.numel() * bits // 8, dtype=torch.uint8)
+    signs = _bits_of(results)
+    if name == "spread_planes":
+        return plan_spread_planes(results, windows, codes, signs, maps, config)
+    affine = (_meta(2048, dtype=dtype), _meta(2048, dtype=dtype)) if norm else None
+    return plan_pool_planes(maps, windows, results, codes, signs, affine, True, config)
+
+
 # The few examples that stand for their kernels where building all of them for every target would take too long.
 CORE = frozenset(
     {
@@ -294,6 +309,8 @@ CORE = frozenset(
         "rebuild bf16",
         "pool_maxima bf16 3x3",
         "spread_maxima bf16 3x3",
+        "pool_planes fp32 2x2",
+        "spread_planes fp32 2x2",
         "decode_blocks bf16 16 channels 4x4",
         "encode_blocks bf16 16 channels 4x4",
     }
@@ -399,4 +416,10 @@ def examples() -> list[Example]:
         for edge in (2, 3):
             add(f"{name} bf16 {edge}x{edge}", _pool, name, brain, edge, True)
         add(f"{name} fp32 3x3 contiguous", _pool, name, single, 3, False)
+    for name in ("pool_planes", "spread_planes"):
+        for dtype in (single, double):
+            add(f"{name} {SHORT_NAMES[dtype]} 1x1", _planes, name, dtype, 1, 1, loads=True, stores=True)
+            add(f"{name} {SHORT_NAMES[dtype]} 2x2", _planes, name, dtype, 2, 2, stores=True)
+        add(f"{name} fp32 3x3", _planes, name, single, 3, 2, stores=True)
+    add("pool_planes fp32 1x1 without norm", _planes, "pool_planes", single, 1, 1, False, loads=True, stores=True)
     return found

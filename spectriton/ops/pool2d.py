@@ -128,6 +128,9 @@ def _max_pool2d(x: Tensor, kernel: list[int], stride: list[int]) -> tuple[Tensor
     y = x.new_empty(count, *_output_size(list(x.shape[2:]), kernel, stride))
     outputs = y.shape[1] * y.shape[2]
     codes = torch.empty(_code_bytes(count, outputs, kernel), dtype=torch.uint8, device=x.device)
+    pool = Pool(Windows(kernel, stride, _code_bits(kernel), tile=8), codes)
+    if backend(x.device).pool_planes(planes(0, count), pool, y):
+        return y.unflatten(0, x.shape[:2]), codes
     steps = _plane_steps(count, outputs)
     for first in steps:
         last, at = min(first + steps.step, count), _code_bytes(first, outputs, kernel)
@@ -146,6 +149,10 @@ def _(x: Tensor, kernel: list[int], stride: list[int]) -> tuple[Tensor, Tensor]:
 @define_op("(Tensor grad, Tensor codes, SymInt[] shape, SymInt[] kernel, SymInt[] stride) -> Tensor")
 def _max_pool2d_backward(grad: Tensor, codes: Tensor, shape: list[int], kernel: list[int], stride: list[int]) -> Tensor:
     grads = grad.flatten(0, 1)
+    pool = Pool(Windows(kernel, stride, _code_bits(kernel), tile=8), codes)
+    spread = backend(grad.device).spread_planes(grads, pool, shape[2:])
+    if spread is not None:
+        return spread.view(shape)
     out = grad.new_empty(grads.shape[0], *shape[2:])
     outputs = grads.shape[1] * grads.shape[2]
     steps = _plane_steps(grads.shape[0], outputs)
@@ -239,6 +246,8 @@ class _Pooling:
         if self.across:
             self._primitives.pool_across(maps, pool.windows, out, *pool[1:])
             return
+        if self._primitives.pool_planes(maps, pool, out):
+            return
         windows, codes, signs, affine, _ = pool
         if affine is not None:
             gain, shift = (t[:, None, None] for t in affine)
@@ -258,10 +267,15 @@ class _Pooling:
 
         They may be written over where there are ``signs``.
         """
-        windows, last = self._windows, first + grad.shape[0]
-        codes, signs = self._part(codes, windows.bits, first, last), self._part(signs, 1, first, last)
+        pool = self.of_planes(first, first + grad.shape[0], codes, signs)
+        windows, codes, signs = pool[:3]
         if self.across:
             return self._primitives.spread_across(grad, windows, self._size, codes, signs)
+        if codes is None and signs is None:
+            return grad
+        spread = self._primitives.spread_planes(grad, pool, self._size)
+        if spread is not None:
+            return spread
         if signs is not None:
             grad = grad.masked_fill_(_from_signs(signs, grad.shape) == 0, 0)
         if codes is None:
@@ -553,13 +567,12 @@ def pooled_rows(
         for t0 in range(first // sizes.tile, -(-last // sizes.tile), step):
             start, stop = t0 * sizes.tile, min((t0 + step) * sizes.tile, last)
             maps = maps_of(t0, min(t0 + step, -(-last // sizes.tile)))
-            of_chunk = maps if codes is None else pooling.empty(maps, stop - start, pooling.size)
-            pooling.pool(maps, of_chunk, codes, start, signs, affine, rectify)
-            if (start, stop) == (first, last):
-                return of_chunk
+            if codes is None:  # of the size of the maps: a chunk is all of them
+                pooling.pool(maps, maps, codes, start, signs, affine, rectify)
+                return maps
             if out is None:
                 out = pooling.empty(maps, last - first, pooling.size)
-            out[start - first : stop - first] = of_chunk
+            pooling.pool(maps, out[start - first : stop - first], codes, start, signs, affine, rectify)
         assert out is not None
         return out
 

@@ -69,6 +69,10 @@ TINY = [
     Case("rebuild", (BRAIN,), (30, 9)),
     Case("pool_maxima", (SINGLE,), (30, 8, 3, 3)),
     Case("spread_maxima", (BRAIN,), (120, 8, 2, 2)),
+    Case("pool_planes", (SINGLE,), (800, 2, 2)),
+    Case("pool_planes", (DOUBLE,), (600, 1, 1)),
+    Case("spread_planes", (SINGLE,), (2400, 2, 2)),
+    Case("spread_planes", (SINGLE,), (600, 1, 1)),
 ]
 
 
