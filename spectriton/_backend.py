@@ -560,6 +560,12 @@ class TritonBackend(Backend):
         """As the reference's."""
         return self._kernels.unpack_planes(values, scales, bitmap, offsets, grid, t0, t1, count, row_scale, out)
 
+    def plane_arrays(self, grid: FrequencyGrid, dtype: torch.dtype, repacked: bool) -> int:
+        """As the reference's."""
+        # The half spectrum that maps are made of, its copy, which the transform destroys, and its room for work; or the
+        # maps, their half spectrum, that room, and rows. Gradients are made of others, which stand beside them.
+        return 5 if repacked else 4
+
     def planes_innermost(self, grid: FrequencyGrid) -> bool:
         """Never: maps take the fast transform, on a CPU as on a GPU."""
         return False
@@ -574,14 +580,11 @@ class TritonBackend(Backend):
         out = pairs.new_empty(grid.count, padded, 2)
         return self._kernels.rows_of_half(pairs, grid, row_scale, out)
 
-    def _rows_of_maps(self, maps: Tensor, grid: FrequencyGrid, padded: int, own: float) -> Tensor:
-        # On a GPU a normalised transform passes over its result once more.
-        half = torch.fft.rfft2(maps, norm="backward")
-        return self.rows_of_half(half, grid, padded, _ortho_scale(grid, 1.0, own, maps.dtype))
-
     def rows_of_maps(self, maps: Tensor, grid: FrequencyGrid, padded: int) -> Tensor:
         """As the reference's."""
-        return self._rows_of_maps(maps, grid, padded, 1.0)
+        # On a GPU a normalised transform passes over its result once more.
+        half = torch.fft.rfft2(maps, norm="backward")
+        return self.rows_of_half(half, grid, padded, _ortho_scale(grid, 1.0, 1.0, maps.dtype))
 
     def make_maps(
         self,
@@ -635,8 +638,9 @@ class TritonBackend(Backend):
         index: TileIndex | None,
     ) -> None:
         """As the reference's."""
-        rows = self._rows_of_maps(maps, grid, (t1 - t0) * bitmap.shape[2] * 8, 0.5)
-        self.gather_rows(rows, bitmap, offsets, slice(0, grid.count), t0, out)
+        half = torch.view_as_real(torch.fft.rfft2(maps, norm="backward").contiguous())
+        row_scale = _ortho_scale(grid, 1.0, 0.5, maps.dtype)
+        self._kernels.gather_planes(half, bitmap, offsets, grid, t0, row_scale, out)
 
     def pool_planes(self, maps: Tensor, pool: across.Pool, out: Tensor) -> bool:
         """Where the kernels take the windows."""

@@ -418,7 +418,7 @@ def _unpack_planes(case: Case, random: _Random) -> Problem:
 
 
 def _rows_of_half(case: Case, random: _Random) -> Problem:
-    from spectriton_kernels.rows_of_half import plan_rows_of_half
+    from spectriton_kernels.planes import plan_rows_of_half
 
     (padded, positions), (dtype,) = case.sizes, case.dtypes
     grid = _grid_of(positions, random.device)
@@ -432,6 +432,30 @@ def _rows_of_half(case: Case, random: _Random) -> Problem:
     return Problem(
         run, lambda: (reference.rows_of_half(torch.view_as_complex(half), grid, padded),), _nbytes(half, out)
     )
+
+
+def _gather_planes(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.planes import plan_gather_planes
+
+    (count, positions, tile), (dtype,) = case.sizes, case.dtypes
+    grid, tiles = _grid_of(positions, random.device), -(-count // tile)
+    given = _Packed.random(grid.count, tiles, tile, (dtype, dtype), random)
+    half = random.real(tiles * tile, grid.height, grid.half_width, 2, dtype=dtype)
+    out = torch.empty_like(given.values)
+    rows = reference.rows_of_half(torch.view_as_complex(half), grid, tiles * tile)
+
+    def run(config: Any) -> Run:
+        _spoil(out)
+        return Run(
+            plan_gather_planes(half, given.bitmap, given.offsets, grid, 0, None, out, config).run, lambda: (out,)
+        )
+
+    def expected() -> tuple[Tensor, ...]:
+        kept = torch.empty_like(out)
+        every = torch.arange(grid.count, device=random.device)
+        return (reference.gather_rows(rows, given.bitmap, given.offsets, every, 0, kept),)
+
+    return Problem(run, expected, _nbytes(half) + given.nbytes)
 
 
 def _kernel_spectrum(case: Case, random: _Random) -> Problem:
@@ -701,6 +725,7 @@ _PROBLEMS: dict[str, Callable[[Case, _Random], Problem]] = {
     "unpack_rows": _unpack_rows,
     "unpack_planes": _unpack_planes,
     "rows_of_half": _rows_of_half,
+    "gather_planes": _gather_planes,
     "kernel_spectrum": _kernel_spectrum,
     "kernel_spectrum_adjoint": _kernel_spectrum_adjoint,
     "decode_blocks": _decode_blocks,
@@ -848,6 +873,7 @@ def layer_cases(batch: int, channels: int, size: int, kernel: int) -> Iterator[C
         yield Case("unpack_rows", (single, values), tiles)
         yield Case("unpack_planes", (single, values), (planes, positions, sizes.tile))
     yield Case("rows_of_half", (single,), (planes, positions))
+    yield Case("gather_planes", (single,), (planes, positions, sizes.tile))
     for values in (single, torch.int8):
         yield Case("gather_rows", (single, values), tiles)
     for name in ("kernel_spectrum", "kernel_spectrum_adjoint"):

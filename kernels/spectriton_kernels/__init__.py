@@ -9,9 +9,9 @@ from .complex_product import complex_product
 from .kernel_spectrum import kernel_spectrum, kernel_spectrum_adjoint
 from .max_pool import can_pool, pool_maxima, pool_maxima_again, spread_maxima
 from .pack import gather_rows, pack_rows
+from .planes import gather_planes, rows_of_half
 from .pool_planes import can_pool_planes, pool_planes, spread_planes
 from .rebuild import rebuild
-from .rows_of_half import rows_of_half
 from .sign_bits import clear_outside, rectify
 from .spectral_activation import spectral_activation, spectral_activation_backward
 from .unpack import unpack_planes, unpack_rows
@@ -25,6 +25,7 @@ __all__ = [
     "complex_product",
     "decode_blocks",
     "encode_blocks",
+    "gather_planes",
     "gather_rows",
     "kernel_spectrum",
     "kernel_spectrum_adjoint",

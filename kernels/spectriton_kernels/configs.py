@@ -91,7 +91,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Planes:
-    """`unpack_planes` and `rows_of_half`.
+    """`unpack_planes`, `rows_of_half` and `gather_planes`.
 
     Attributes:
         planes, positions: planes and positions of the half spectrum that a program transposes at once.
@@ -286,6 +286,14 @@ ROWS_OF_HALF = Tunable(
     ),
     lambda dtypes, sizes: Planes(32, 32, 4),
 )
+GATHER_PLANES = Tunable(
+    "gather_planes",
+    ("planes", "positions", "tile"),
+    tuple(
+        Planes(*numbers) for numbers in ((32, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 8), (32, 64, 8))
+    ),
+    lambda dtypes, sizes: Planes(32, 32, 4),
+)
 _SPECTRUM_SIZES = ("frequencies", "groups", "inputs", "outputs", "taps")
 KERNEL_SPECTRUM = Tunable(
     "kernel_spectrum",
@@ -361,6 +369,7 @@ TUNABLES: dict[str, Tunable[Any]] = {
         UNPACK_ROWS,
         UNPACK_PLANES,
         ROWS_OF_HALF,
+        GATHER_PLANES,
         KERNEL_SPECTRUM,
         KERNEL_SPECTRUM_ADJOINT,
         DECODE_BLOCKS,

@@ -17,9 +17,9 @@ from .complex_product import plan_complex_product
 from .kernel_spectrum import plan_kernel_spectrum, plan_kernel_spectrum_adjoint
 from .max_pool import plan_pool_maxima, plan_spread_maxima
 from .pack import LOW_BIT_VALUES, plan_gather_rows, plan_pack_rows
+from .planes import plan_gather_planes, plan_rows_of_half
 from .pool_planes import plan_pool_planes, plan_spread_planes
 from .rebuild import plan_rebuild
-from .rows_of_half import plan_rows_of_half
 from .sign_bits import plan_clear_outside, plan_rectify
 from .spectral_activation import KINDS, plan_spectral_activation, plan_spectral_activation_backward
 from .unpack import plan_unpack_planes, plan_unpack_rows
@@ -152,6 +152,15 @@ def _rows_of_half(dtype: torch.dtype, row_scale: bool = False, config: Any = Non
     source = _meta(HEIGHT * HALF_WIDTH, dtype=torch.int32)
     grid = SimpleNamespace(height=HEIGHT, width=WIDTH, count=FREQUENCIES, source=source)
     return plan_rows_of_half(half, grid, _meta(FREQUENCIES, dtype=dtype) if row_scale else None, out, config)
+
+
+def _gather_planes(dtype: torch.dtype, out_dtype: torch.dtype, tile: int = 1024, config: Any = None) -> Launch:
+    bitmap, offsets = _pattern(tile)
+    out, _ = _values(out_dtype, offsets)
+    source = _meta(HEIGHT * HALF_WIDTH, dtype=torch.int32)
+    grid = SimpleNamespace(height=HEIGHT, width=WIDTH, count=FREQUENCIES, source=source)
+    half = _meta(2048, HEIGHT, HALF_WIDTH, 2, dtype=dtype)
+    return plan_gather_planes(half, bitmap, offsets, grid, 0, _meta(FREQUENCIES, dtype=dtype), out, config)
 
 
 def _spectrum(
@@ -300,6 +309,7 @@ CORE = frozenset(
         "unpack_planes fp32 to fp32",
         "unpack_planes int4 to fp32",
         "rows_of_half fp32 row_scale",
+        "gather_planes fp32 to fp32",
         "kernel_spectrum fp32 to bf16 3x3",
         "kernel_spectrum_adjoint fp32 from fp32 3x3",
         "decode_blocks fp32 64 channels 8x8",
@@ -380,6 +390,8 @@ def examples() -> list[Example]:
     for dtype in (single, double):
         add(f"rows_of_half {SHORT_NAMES[dtype]}", _rows_of_half, dtype, loads=True, stores=True)
         add(f"rows_of_half {SHORT_NAMES[dtype]} row_scale", _rows_of_half, dtype, True, loads=True, stores=True)
+        add(f"gather_planes {_arrow((dtype, dtype))}", _gather_planes, dtype, dtype, loads=True)
+    add("gather_planes fp32 to fp32 tile 32", _gather_planes, single, single, 32, loads=True)
 
     dense, narrow, depthwise = (CHANNELS, CHANNELS, 1), (3, 96, 1), (CHANNELS, CHANNELS, CHANNELS)
     for pair in ((single, single), (single, brain), (single, half), (double, double)):

@@ -134,6 +134,13 @@ WORK = {
         in_pass=lambda meta: ("STG", 8 * meta["BLOCK_P"] * meta["BLOCK_S"]),
     ),
     "rows_of_half": _stream(3, 8, "rows_of_half fp32 row_scale"),
+    "gather_planes": Work(
+        ("gather_planes fp32 to fp32", "gather_planes fp32 to fp32 tile 32"),
+        0,
+        lambda launch: 8 + _pattern(launch),
+        lambda launch: 8 * DENSITY,
+        lambda passes: CACHE_LATENCY + MEMORY_LATENCY,  # the source before the bitmap
+    ),
     "kernel_spectrum": Work(
         ("kernel_spectrum fp32 to fp32 3x3",),
         2,

@@ -60,6 +60,7 @@ TINY = [
     Case("unpack_planes", (SINGLE, SINGLE), (70, 30, 64)),
     Case("unpack_planes", (SINGLE, torch.int8), (70, 30, 64)),
     Case("rows_of_half", (SINGLE,), (96, 30)),
+    Case("gather_planes", (SINGLE,), (70, 30, 64)),
     Case("kernel_spectrum", (SINGLE, BRAIN), (7, 2, 3, 5, 9)),
     Case("kernel_spectrum_adjoint", (SINGLE, SINGLE), (64, 1, 2, 3, 4)),
     Case("decode_blocks", (SINGLE,), (16, 6, 6, 3)),

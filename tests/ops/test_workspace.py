@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from spectriton import PackedSpectrum, memory, ops
-from spectriton._backend import backend_name
+from spectriton._backend import backend, backend_name
+from spectriton.frequencies import frequency_grid
 
 WORKSPACE = 4 << 20
 BATCH, CHANNELS, SIZE, BLOCKS = 256, 64, 32, 4
@@ -140,3 +141,28 @@ def test_maps_between_blocks_are_bounded():
         leaves = (edge, entry.edge, grad)
         _, peak, numpys = allocations(lambda leaves=leaves: torch.autograd.grad(*leaves))
         assert peak + numpys <= 8 * packed.kept + room + weight.nbytes + SLACK
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.parametrize("kernel", [1, 2])
+def test_chunks_of_the_kernels_are_bounded(monkeypatch: pytest.MonkeyPatch, kernel: int):
+    """What is held at a time while maps are made, pooled and packed again, but for what a GPU's transforms work in."""
+    monkeypatch.setenv("SPECTRITON_BACKEND", "triton")
+    cpu = torch.device("cpu")
+    shape = (8, 32, 16, 16)  # a tile of planes, the least that a chunk holds
+    packed = ops.to_spectral(torch.randn(shape), density=0.1).requires_grad_()
+    assert packed.bitmap.shape[1:] == (1, 256 // 8)
+    grid = frequency_grid(16, 16)
+    chunk = backend(cpu).plane_arrays(grid, torch.float32, True) * 256 * 16 * 18 * 4
+    for half in (frequency_grid(8, 8), grid):
+        assert half.source.numel()  # what is made once is there
+    made: list[PackedSpectrum] = []
+    _, peak, _ = allocations(
+        lambda: made.append(ops.spatial_relu(packed, threshold=2.0, kernel_size=kernel, workspace=1))
+    )
+    bits = 2 * packed.shape.numel() // 8  # signs, and where maxima stand
+    assert peak <= 2 * made[0].nbytes + bits + chunk + SLACK
+    leaves = (made[0].edge, packed.edge, torch.ones(made[0].kept, 2))
+    _, peak, _ = allocations(lambda: torch.autograd.grad(*leaves))
+    assert peak <= 8 * packed.kept + chunk + SLACK
