@@ -804,7 +804,7 @@ def _row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:
     return _numbers(rows.start, rows.stop, device) if isinstance(rows, slice) else rows.contiguous()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)  # a step of a large network takes some hundred ranges
 def _numbers(first: int, last: int, device: torch.device) -> Tensor:
     return torch.arange(first, last, device=device)
 

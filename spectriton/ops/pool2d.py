@@ -22,10 +22,10 @@ from spectriton.ops._planes import (
     fake_packed,
     gather_maps,
     pack_planes,
+    plane_chunks,
     plane_slices,
     resolve_workspace,
     tiles_at_a_time,
-    unpack_maps,
 )
 from spectriton.packed import Layout, PackedSpectrum, layout, value_dtype_name
 from spectriton.reference import TileIndex
@@ -332,9 +332,9 @@ def _packed_max_pool2d(
     pool, index = pooling.of_planes(0, sizes.row, codes), primitives.tile_index(bitmap, offsets)
     if primitives.unpack_pooled(*packed, grid, 0, sizes.tiles, pool, planes, index):
         return y, codes
-    chunks = (*packed, sizes, True, resolve_workspace(workspace, device))
-    for first, last, maps in unpack_maps(*chunks, lambda first, last: pooling.empty(edge, last - first, shape[2:])):
-        pooling.pool(maps, planes[first:last], codes, first)
+    maps_of = _map_reader(*packed, sizes, True, edge.dtype, pooling.across, index)
+    for t0, t1, first, last in plane_chunks(sizes, edge.dtype, resolve_workspace(workspace, device), device):
+        pooling.pool(maps_of(t0, t1), planes[first:last], codes, first)
     return y, codes
 
 
@@ -573,6 +573,7 @@ def pooled_rows(
             if out is None:
                 out = pooling.empty(maps, last - first, pooling.size)
             pooling.pool(maps, out[start - first : stop - first], codes, start, signs, affine, rectify)
+            del maps  # before the next are made
         assert out is not None
         return out
 
