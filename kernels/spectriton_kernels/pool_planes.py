@@ -46,11 +46,15 @@ def quotient(b_i, n, SMALL: tl.constexpr):
 
 @triton.jit
 def locate(first, size, BLOCK: tl.constexpr, SMALL: tl.constexpr):
-    """(plane, place in it) of BLOCK values from number `first`, int64, on, in planes of `size` values: int64, int32."""
+    """Where BLOCK values from number `first`, int64, on stand in planes of `size` values.
+
+    Returns:
+        plane of the first value, int64; how many planes behind that each value is, and its place there, int32.
+    """
     first_plane = first // size
     o_value = (first - first_plane * size).to(tl.int32) + tl.arange(0, BLOCK)
     b_plane = quotient(o_value, size, SMALL)
-    return first_plane + b_plane.to(tl.int64), o_value - b_plane * size
+    return first_plane, b_plane, o_value - b_plane * size
 
 
 @triton.jit
@@ -116,17 +120,17 @@ def pool_planes_kernel(
     m_out = o_out < total
     if codes_ptr is None:
         if gain_ptr is not None:
-            b_plane, _ = locate(i_first, down * across, BLOCK, SMALL)
+            first_plane, b_plane, _ = locate(i_first, down * across, BLOCK, SMALL)
         p_first = maps_ptr + o_out
     else:
-        b_plane, o_place = locate(i_first, down * across, BLOCK, SMALL)
+        first_plane, b_plane, o_place = locate(i_first, down * across, BLOCK, SMALL)
         y = quotient(o_place, across, SMALL)
         x = o_place - y * across
-        o_first = (y * STRIDE_H + margin) * width + x * STRIDE_W + margin
-        p_first = maps_ptr + b_plane * (height * width) + o_first
+        y = b_plane * height + y * STRIDE_H + margin
+        p_first = maps_ptr + first_plane * (height * width) + (y * width + x * STRIDE_W + margin)
     if gain_ptr is not None:
-        b_gain = tl.load(gain_ptr + b_plane, mask=m_out, other=0.0)
-        b_shift = tl.load(shift_ptr + b_plane, mask=m_out, other=0.0)
+        b_gain = tl.load(gain_ptr + first_plane + b_plane, mask=m_out, other=0.0)
+        b_shift = tl.load(shift_ptr + first_plane + b_plane, mask=m_out, other=0.0)
     b_code = tl.zeros([BLOCK], dtype=tl.int32)
     for position in tl.static_range(KERNEL_H * KERNEL_W):
         p_here = p_first + (position // KERNEL_W * width + position % KERNEL_W)
@@ -166,6 +170,7 @@ def spread_planes_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     BITS: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
     SMALL: tl.constexpr,
 ):
@@ -176,10 +181,11 @@ def spread_planes_kernel(
         codes_ptr: uint8, where the maxima stood; None for windows of one element.
         signs_ptr: uint8, a bit each: whether a gradient passes. Or None.
         out_ptr: of the maps; may be `grad_ptr` for windows of one element.
-        total: values of the maps, n * height * width.
+        total: values of the maps, n * height * width; with PAIRS half as many.
         height, width, down, across, margin, KERNEL_H .. BITS: as of `pool_planes`.
-        BLOCK: values of the maps a program handles.
-        SMALL: whether a plane of maps and a block are less than 2**20.
+        PAIRS: whether windows are two columns wide, side by side, and fill rows of an even width, which go in pairs.
+        BLOCK: values of the maps, or pairs of them, that a program handles.
+        SMALL: whether a plane of those and a block are less than 2**20.
     """
     i_first = tl.program_id(0).to(tl.int64) * BLOCK
     o_out = i_first + tl.arange(0, BLOCK)
@@ -191,30 +197,44 @@ def spread_planes_kernel(
             b_byte = tl.load(signs_ptr + o_byte, mask=o_byte * 8 < total, other=0).to(tl.int32)
             b_sign = tl.reshape((b_byte[:, None] >> tl.arange(0, 8)[None, :]) & 1, [BLOCK])
             b_sum = tl.where(b_sign != 0, b_sum, 0.0)
+        tl.store(out_ptr + o_out, b_sum, mask=m_out)
     else:
-        b_plane, o_place = locate(i_first, height * width, BLOCK, SMALL)
-        y = quotient(o_place, width, SMALL)
-        x = o_place - y * width - margin
+        columns = width // 2 if PAIRS else width
+        first_plane, b_plane, o_place = locate(i_first, height * columns, BLOCK, SMALL)
+        y = quotient(o_place, columns, SMALL)
+        x = o_place - y * columns - margin
         y -= margin
-        m_out_of_margin = m_out & (y >= 0) & (x >= 0)
+        m_reached = m_out & (y >= 0) & (x >= 0)
         y, x = tl.maximum(y, 0), tl.maximum(x, 0)
-        o_results = b_plane * (down * across)
+        # from a whole byte on, 32 bits are enough
+        first_result = first_plane * (down * across)
+        first_byte = first_result // 8
+        o_results = (first_result - first_byte * 8).to(tl.int32) + b_plane * (down * across)
+        p_grad, p_codes = grad_ptr + first_byte * 8, codes_ptr + first_byte * BITS
         b_sum = tl.zeros([BLOCK], dtype=grad_ptr.dtype.element_ty)
+        b_right = b_sum
         # the last window that begins at or before a value, and those before that reach it
         for back_y in tl.static_range((KERNEL_H + STRIDE_H - 1) // STRIDE_H):
             window_y = y // STRIDE_H - back_y
             in_y = y - window_y * STRIDE_H
-            m_y = m_out_of_margin & (window_y >= 0) & (window_y < down) & (in_y < KERNEL_H)
-            for back_x in tl.static_range((KERNEL_W + STRIDE_W - 1) // STRIDE_W):
-                window_x = x // STRIDE_W - back_x
-                in_x = x - window_x * STRIDE_W
+            m_y = m_reached & (window_y >= 0) & (window_y < down) & (in_y < KERNEL_H)
+            for back_x in tl.static_range(1 if PAIRS else (KERNEL_W + STRIDE_W - 1) // STRIDE_W):
+                window_x = x if PAIRS else x // STRIDE_W - back_x
+                in_x = 0 if PAIRS else x - window_x * STRIDE_W
                 m_in = m_y & (window_x >= 0) & (window_x < across) & (in_x < KERNEL_W)
-                o_grad = o_results + (window_y * across + window_x)
-                m_here = m_in & (load_bits(codes_ptr, o_grad, m_in, BITS) == in_y * KERNEL_W + in_x)
+                o_grad = o_results + window_y * across + window_x
+                b_code = load_bits(p_codes, o_grad, m_in, BITS) - (in_y * KERNEL_W + in_x)
                 if signs_ptr is not None:
-                    m_here = m_here & (load_bits(signs_ptr, o_grad, m_in, 1) != 0)
-                b_sum += tl.load(grad_ptr + o_grad, mask=m_here, other=0.0)
-    tl.store(out_ptr + o_out, b_sum, mask=m_out)
+                    m_in = m_in & (load_bits(signs_ptr + first_byte, o_grad, m_in, 1) != 0)
+                b_grad = tl.load(p_grad + o_grad, mask=m_in, other=0.0)
+                b_sum += tl.where(b_code == 0, b_grad, 0.0)
+                if PAIRS:
+                    b_right += tl.where(b_code == 1, b_grad, 0.0)
+        if PAIRS:
+            o_pair = i_first * 2 + tl.arange(0, 2 * BLOCK)
+            tl.store(out_ptr + o_pair, tl.reshape(tl.join(b_sum, b_right), [2 * BLOCK]), mask=o_pair < 2 * total)
+        else:
+            tl.store(out_ptr + o_out, b_sum, mask=m_out)
 
 
 def can_pool_planes(windows: Windows, dtype: torch.dtype) -> bool:
@@ -307,7 +327,10 @@ def plan_spread_planes(
     plane, total = out.shape[1] * out.shape[2], out.numel()
     if config is None:
         config = SPREAD_PLANES.choose(out.device, (out.dtype,), (total, *windows.kernel))
-    meta = _meta(windows, plane, out.element_size(), config)
+    pairs = windows.kernel[1] == 2 == windows.stride[1] and out.shape[2] % 2 == 0 and not windows.margin
+    unit = 2 if pairs else 1
+    plane, total = plane // unit, total // unit
+    meta = _meta(windows, plane, unit * out.element_size(), config) | {"PAIRS": pairs}
     args = (grad, codes, signs, out, total, *out.shape[1:], *grad.shape[1:], windows.margin)
     return Launch(spread_planes_kernel, (ceil_div(total, meta["BLOCK"]),), args, meta)
 

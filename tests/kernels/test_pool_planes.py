@@ -25,6 +25,7 @@ CASES = [
     (((2, 2), (2, 2)), 0, (37, 7, 9)),  # rows and columns in no window
     (((2, 2), (2, 2)), 0, (1, 2, 2)),
     (((2, 2), (2, 2)), 2, (33, 11, 10)),
+    (((3, 2), (2, 2)), 0, (9, 9, 10)),
     (((3, 3), (2, 2)), 1, (5, 9, 12)),  # windows overlap
     (((3, 2), (1, 3)), 0, (4, 6, 8)),
     (((5, 4), (3, 5)), 1, (3, 13, 15)),  # codes of a byte
@@ -136,17 +137,19 @@ def test_every_configuration_of_pooling(config, device):
 
 @pytest.mark.parametrize("config", SPREAD_PLANES.space, ids=str)
 def test_every_configuration_of_spreading(config, device):
-    x = maps((33, 31, 21), device)
-    y, codes, _, index = expected(x, Pool(windows_of(((2, 2), (2, 2)), 0)))
-    out = torch.full_like(x, -7.0)
-    plan_spread_planes(torch.ones_like(y), windows_of(((2, 2), (2, 2)), 0), codes, None, out, config).run()
-    spread = torch.zeros_like(x).flatten(1).scatter_(1, index.flatten(1), 1.0)
-    same(out, spread.view_as(x))
+    for width in (21, 22):  # one by one, and in pairs
+        x = maps((33, 31, width), device)
+        pool = Pool(windows_of(((2, 2), (2, 2)), 0))
+        y, codes, signs, index = expected(x, pool)
+        grad, out = torch.arange(1.0, y.numel() + 1, device=device).view_as(y), torch.full_like(x, -7.0)
+        plan_spread_planes(grad, pool.windows, codes, signs, out, config).run()
+        passed = grad.masked_fill(y <= 0, 0).flatten(1)
+        same(out, torch.zeros_like(x).flatten(1).scatter_(1, index.flatten(1), passed).view_as(x))
 
 
 def test_large_planes(device):
     """Beyond the numbers that are divided in float32."""
-    x, config = maps((1, 1026, 1030), device), Stream(1 << 18, 8)  # few programs for the interpreter
+    x, config = maps((1, 1026, 1031), device), Stream(1 << 18, 8)  # few programs for the interpreter
     pool = Pool(windows_of(((2, 2), (2, 2)), 0))
     y, codes, _, index = expected(x, pool)
     written, out = torch.zeros_like(codes), torch.full_like(y, -7.0)
