@@ -633,25 +633,14 @@ class TritonBackend(Backend):
         out: Tensor,
         index: TileIndex | None,
     ) -> Tensor | None:
-        """As the reference's, on the dense chunk."""
-        tiles = offsets.shape[1]
-        self.unpack_rows(grad, scales.new_empty(0), bitmap, offsets, rows, 0, tiles, out)
+        """As the reference's."""
         if kind == "identity":
+            self.unpack_rows(grad, scales.new_empty(0), bitmap, offsets, rows, 0, offsets.shape[1], out)
             return None
-        output = torch.empty_like(out)
-        self.unpack_rows(values, scales, bitmap, offsets, rows, 0, tiles, output)
-        if scale is None:
-            product, _ = self.spectral_activation_backward(
-                torch.view_as_complex(out), torch.view_as_complex(output), kind
-            )
-            out.copy_(torch.view_as_real(product))
-            return None
-        # Channels to dimension 1, (Fc * B, C); padding is left alone, it holds zeros.
-        row = out.shape[1] // channels * channels
-        grads, outputs = (torch.view_as_complex(t)[:, :row].reshape(-1, channels) for t in (out, output))
-        product, grad_scale = self.spectral_activation_backward(grads, outputs, kind, scale.to(out.dtype))
-        torch.view_as_complex(out)[:, :row] = product.view(out.shape[0], row)
-        return grad_scale
+        numbers = _row_numbers(rows, out.device)
+        return self._kernels.unpack_gradient_rows(
+            grad, values, scales, bitmap, offsets, numbers, kind, scale, channels, out
+        )
 
 
 def _format(channels_last: bool) -> torch.memory_format:

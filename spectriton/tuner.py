@@ -32,6 +32,7 @@ from spectriton.frequencies import FrequencyGrid, frequency_grid
 from spectriton.packed import layout
 from spectriton.reference import bits, block_codec, max_pool
 from spectriton.reference.rebuild import Statistics, rebuild
+from spectriton.reference.spectral_activation import activate_backward
 from spectriton.timing import MOST_SETS, Stopwatch, copy_seconds, evict, input_sets
 
 #: A configuration replaces the heuristic where it is faster by this factor: less is within the scatter of timings.
@@ -385,6 +386,34 @@ def _unpack_rows(case: Case, random: _Random) -> Problem:
     return Problem(run, lambda: (given.dense,), _nbytes(out) + given.nbytes)
 
 
+def _unpack_gradient_rows(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.unpack import plan_unpack_gradient_rows
+
+    (tiles, tile), (dtype, value_dtype) = case.sizes, case.dtypes
+    given = _Packed.random(tiles, 1, tile, (dtype, value_dtype), random)
+    grad = random.real(len(given.values), 2, dtype=dtype)
+    scale = torch.full((1,), 2 * float(given.dense.abs().max()), dtype=dtype, device=random.device)
+    out = torch.empty_like(given.dense)
+
+    def run(config: Any) -> Run:
+        pattern = (given.bitmap, given.offsets, given.rows)
+        launch, partial = plan_unpack_gradient_rows(
+            grad, given.values, given.scales, *pattern, "tanh", scale, 1, out, config
+        )
+        assert partial is not None
+        _spoil(out, partial)
+        return Run(launch.run, lambda: (out, partial.sum(0)))
+
+    def expected() -> tuple[Tensor, ...]:
+        kept, terms = activate_backward(grad.double(), given.dense[given.mask].double(), "tanh", scale.double())
+        assert terms is not None
+        dense, sums = torch.zeros_like(given.dense), torch.zeros_like(given.dense, dtype=torch.float64)
+        dense[given.mask], sums[given.mask] = kept.to(dtype), terms
+        return dense, sums.sum((0, 2)).to(dtype)
+
+    return Problem(run, expected, _nbytes(out, grad) + given.nbytes)
+
+
 def _grid_of(positions: int, device: torch.device) -> FrequencyGrid:
     """Of maps as square as can be whose half spectra have so many positions."""
     half = next(width for width in range(math.isqrt(max(1, positions // 2)), 0, -1) if positions % width == 0)
@@ -618,6 +647,7 @@ _PROBLEMS: dict[str, Callable[[Case, _Random], Problem]] = {
     "pack_rows": _pack_rows,
     "gather_rows": _gather_rows,
     "unpack_rows": _unpack_rows,
+    "unpack_gradient_rows": _unpack_gradient_rows,
     "unpack_planes": _unpack_planes,
     "kernel_spectrum": _kernel_spectrum,
     "kernel_spectrum_adjoint": _kernel_spectrum_adjoint,
@@ -762,6 +792,7 @@ def layer_cases(batch: int, channels: int, size: int, kernel: int) -> Iterator[C
         planes = max(sizes.tile, min(sizes.row, _CHUNK_BYTES // (8 * positions)))
         yield Case("pack_rows", (single, values), tiles)
         yield Case("unpack_rows", (single, values), tiles)
+        yield Case("unpack_gradient_rows", (single, values), tiles)
         yield Case("unpack_planes", (single, values), (planes, positions, sizes.tile))
     for values in (single, torch.int8):
         yield Case("gather_rows", (single, values), tiles)

@@ -12,7 +12,7 @@ from .pack import gather_rows, pack_rows
 from .rebuild import rebuild
 from .sign_bits import clear_outside, rectify
 from .spectral_activation import spectral_activation, spectral_activation_backward
-from .unpack import unpack_planes, unpack_rows
+from .unpack import unpack_gradient_rows, unpack_planes, unpack_rows
 
 __all__ = [
     "block_tables",
@@ -33,6 +33,7 @@ __all__ = [
     "spectral_activation",
     "spectral_activation_backward",
     "spread_maxima",
+    "unpack_gradient_rows",
     "unpack_planes",
     "unpack_rows",
 ]

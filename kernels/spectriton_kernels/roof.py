@@ -123,6 +123,19 @@ WORK = {
         lambda launch: 8,
         lambda passes: CACHE_LATENCY + 2 * MEMORY_LATENCY,  # row number, bitmap and offset, values
     ),
+    "unpack_gradient_rows": Work(
+        (
+            "unpack_gradient_rows fp32 to fp32 tanh",
+            "unpack_gradient_rows fp32 to fp32 tanh scale",
+            "unpack_gradient_rows int8 to fp32 tanh scale",
+        ),
+        7,
+        lambda launch: 8 * DENSITY + _values(1)(launch) + _pattern(launch),
+        lambda launch: 8 + (4 / launch.meta["ROWS"] if launch.meta["HAS_SCALE"] else 0),
+        lambda passes: max(1, passes) * (CACHE_LATENCY + 2 * MEMORY_LATENCY),
+        passes=lambda launch: launch.meta["ROWS"],
+        in_pass=lambda meta: ("STG", 8 * meta["TILE"] * meta["TILES"]),
+    ),
     "unpack_planes": Work(
         ("unpack_planes fp32 to fp32", "unpack_planes int8 to fp32", "unpack_planes int4 to fp32"),
         6,
