@@ -19,6 +19,9 @@ class Mixing:
         groups: as for ``nn.Conv2d``.
     """
 
+    #: Complex numbers a frequency that stand beside the chunk, for each pair of channels: in forward, and in backward.
+    temporaries = (3, 3)
+
     def __init__(self, weight: Tensor, groups: int) -> None:
         self.shape = weight.shape
         self.groups = groups
@@ -64,6 +67,8 @@ class Mixing:
 
 class EmbeddedMixing(Mixing):
     """By real matrix products of embedded weights, made by the Triton kernels: tensor cores apply."""
+
+    temporaries = (2, 4)  # the weights, embedded; and their gradient
 
     def __init__(self, weight: Tensor, groups: int) -> None:
         import spectriton_kernels as kernels

@@ -6,6 +6,7 @@ for a GPU at import, or imports `spectriton`.
 
 from .block_codec import block_tables, can_code, decode_blocks, encode_blocks
 from .complex_product import complex_product
+from .kept import combine_kept, sum_kept
 from .kernel_spectrum import kernel_spectrum, kernel_spectrum_adjoint
 from .max_pool import can_pool, pool_maxima, pool_maxima_again, spread_maxima
 from .pack import gather_rows, pack_rows
@@ -19,6 +20,7 @@ __all__ = [
     "can_code",
     "can_pool",
     "clear_outside",
+    "combine_kept",
     "complex_product",
     "decode_blocks",
     "encode_blocks",
@@ -33,6 +35,7 @@ __all__ = [
     "spectral_activation",
     "spectral_activation_backward",
     "spread_maxima",
+    "sum_kept",
     "unpack_gradient_rows",
     "unpack_planes",
     "unpack_rows",

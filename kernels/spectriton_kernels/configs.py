@@ -226,10 +226,10 @@ def adjoint_splits(programs: int, frequencies: int) -> int:
     return max(1, min(wanted, frequencies // ADJOINT_MIN_FREQUENCIES))
 
 
-def rows_in_turn(rows: int, blocks: int) -> int:
-    """How many rows of so many blocks a program of `unpack_gradient_rows` takes one after the other: 1, 2, 4 or 8."""
+def rows_in_turn(rows: int, blocks: int, most: int) -> int:
+    """How many rows of so many blocks a program takes one after the other: a power of two."""
     in_turn = 1
-    while in_turn < 8 and ceil_div(rows, 2 * in_turn) * blocks >= ENOUGH_PROGRAMS:
+    while in_turn < most and ceil_div(rows, 2 * in_turn) * blocks >= ENOUGH_PROGRAMS:
         in_turn *= 2
     return in_turn
 
@@ -284,6 +284,13 @@ UNPACK_GRADIENT_ROWS = Tunable(
     ("tiles", "tile"),
     tuple(Tiles(*numbers) for numbers in ((2048, 32), (4096, 32), (8192, 32))),
     _tiles(4096, 32),
+)
+SUM_KEPT = Tunable("sum_kept", ("tiles", "tile"), _TILES, _tiles(8192, 128))
+COMBINE_KEPT = Tunable(
+    "combine_kept",
+    ("tiles", "tile"),
+    tuple(Tiles(*numbers) for numbers in ((2048, 32), (4096, 32), (2048, 64), (4096, 64))),  # larger ones spill
+    _tiles(4096, 64),
 )
 UNPACK_PLANES = Tunable(
     "unpack_planes",
@@ -363,6 +370,8 @@ TUNABLES: dict[str, Tunable[Any]] = {
         GATHER_ROWS,
         UNPACK_ROWS,
         UNPACK_GRADIENT_ROWS,
+        SUM_KEPT,
+        COMBINE_KEPT,
         UNPACK_PLANES,
         KERNEL_SPECTRUM,
         KERNEL_SPECTRUM_ADJOINT,

@@ -29,6 +29,9 @@ from .configs import (
 from .pack import check_values, tile_geometry
 from .spectral_activation import KINDS, derivative
 
+# More rows one after the other save next to nothing: sums are a quarter of the bytes of a row, once for all of them.
+_MOST_ROWS = 8
+
 
 class Grid(Protocol):
     """What `unpack_planes` needs of a frequency grid."""
@@ -364,7 +367,7 @@ def plan_unpack_gradient_rows(
         block_tiles, num_warps = block_tiles // 2, max(1, num_warps // 2)
     column_blocks = ceil_div(row_tiles, block_tiles)
     # nothing is summed without a scale; in float64 the constants of a loop would spill
-    in_turn = 1 if scale is None or out.dtype == torch.float64 else rows_in_turn(count, column_blocks)
+    in_turn = 1 if scale is None or out.dtype == torch.float64 else rows_in_turn(count, column_blocks, _MOST_ROWS)
     row_blocks = ceil_div(count, in_turn)
     partial = None
     if scale is not None:

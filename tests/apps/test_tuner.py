@@ -59,6 +59,8 @@ TINY = [
     Case("unpack_gradient_rows", (SINGLE, BRAIN), (21, 32)),
     Case("unpack_rows", (SINGLE, torch.uint8), (21, 32)),
     Case("unpack_gradient_rows", (SINGLE, torch.uint8), (21, 32)),
+    Case("sum_kept", (SINGLE, HALF), (21, 32)),
+    Case("combine_kept", (SINGLE, torch.int8), (21, 32)),
     Case("unpack_planes", (SINGLE, SINGLE), (70, 30, 64)),
     Case("unpack_planes", (SINGLE, torch.int8), (70, 30, 64)),
     Case("kernel_spectrum", (SINGLE, BRAIN), (7, 2, 3, 5, 9)),

@@ -142,7 +142,7 @@ def test_unpack_gradient_rows_in_turn(device, monkeypatch):
     packed, grads = (pack_by_hand(t, mask, 32, torch.float32) for t in (z, grad))
     found = []
     for in_turn in (1, 4):
-        monkeypatch.setattr(unpack, "rows_in_turn", lambda rows, blocks, n=in_turn: n)
+        monkeypatch.setattr(unpack, "rows_in_turn", lambda rows, blocks, most, n=in_turn: n)
         out = torch.full((11, 64, 2), float("nan"), device=device)
         pattern = (packed.bitmap, packed.offsets, torch.arange(11, device=device))
         found.append((out, unpack_gradient_rows(grads.values, packed.values, None, *pattern, "tanh", scale, 10, out)))
