@@ -7,7 +7,7 @@ for a GPU at import, or imports `spectriton`.
 from .block_codec import block_tables, can_code, decode_blocks, encode_blocks
 from .complex_product import complex_product
 from .kept import combine_kept, sum_kept
-from .kernel_spectrum import kernel_spectrum, kernel_spectrum_adjoint
+from .kernel_spectrum import kernel_spectrum, kernel_spectrum_adjoint, kernel_spectrum_adjoint_sums
 from .max_pool import can_pool, pool_maxima, pool_maxima_again, spread_maxima
 from .pack import gather_rows, pack_rows
 from .rebuild import rebuild
@@ -27,6 +27,7 @@ __all__ = [
     "gather_rows",
     "kernel_spectrum",
     "kernel_spectrum_adjoint",
+    "kernel_spectrum_adjoint_sums",
     "pack_rows",
     "pool_maxima",
     "pool_maxima_again",
