@@ -1,10 +1,10 @@
-"""Packed to dense: the primitive ``unpack_rows``, ``ops.unpack`` and ``ops.to_spatial`` against torch.
+"""Packed to dense: ``unpack_rows`` and ``unpack_gradient_rows``, ``ops.unpack`` and ``ops.to_spatial`` against torch.
 
 Plain torch is ``masked_scatter_`` into zeros with the mask held as a byte a coefficient; for ``to_spatial``, ``irfft2``
 comes after. Maps are photograph-like, 0.24 of the coefficients are kept.
 
 Bytes: kept values, bitmap, offsets and scales read once, the dense side written once. The result of the primitive, and
-of ``masked_scatter_`` beside it, is there before the call.
+of ``masked_scatter_`` beside it, is there before the call. ``unpack_gradient_rows`` reads as many gradients, too.
 
 Values of 8 and 4 bits are compared with int8 values of one scale, made float32 before they are scattered.
 """
@@ -26,7 +26,7 @@ from bench.maps import (
     spectrum_rows,
     threshold_for,
 )
-from bench.timing import DEVICE, Measure, by_size, contenders, error, nbytes
+from bench.timing import DEVICE, Measure, by_size, contenders, error, generator, nbytes
 from spectriton import PackedSpectrum, ops, reference
 from spectriton._backend import backend
 from spectriton.packed import PackedSize, layout
@@ -69,6 +69,52 @@ def test_unpack_rows(measure: Measure, contender: str) -> None:
     assert torch.equal((torch.view_as_complex(got) if spectriton else got)[sure], wanted[sure])
     moved = packed_nbytes(packed(0)[0].shape[0], sizes) + nbytes(z)
     measure(f"unpack_rows {SHAPE} at density {DENSITY}", contender, call, inputs, moved)
+
+
+def scatter_gradient(grad: Tensor, values: Tensor, mask: Tensor, out: Tensor) -> Tensor:
+    return scatter(torch.view_as_complex(grad * (1 - values * values)), mask, out)
+
+
+@contenders("spectriton", "spectriton reference", "torch masked_scatter_")
+def test_unpack_gradient_rows(measure: Measure, contender: str) -> None:
+    sizes = layout(SHAPE)
+    every = slice(0, sizes.frequencies)
+    threshold = threshold_for(torch.view_as_complex(spectrum_rows(SHAPE))[:, : sizes.row].abs(), DENSITY)
+    primitives = backend(DEVICE)
+
+    def unpack(grad: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+        index = primitives.tile_index(bitmap, offsets)
+        pattern = (values, scales, bitmap, offsets, every)
+        primitives.unpack_gradient_rows(grad, *pattern, "tanh", None, sizes.channels, out, index)
+        return out
+
+    def packed(number: int) -> tuple[Any, ...]:
+        y = spectrum_rows(SHAPE, number)
+        values, *pattern = packed_rows(y, sizes, threshold)
+        grad = torch.randn(values.shape, generator=generator(number), device=DEVICE)
+        return grad, values.tanh(), *pattern, torch.full_like(y, torch.nan)
+
+    def masked(number: int) -> tuple[Any, ...]:
+        grad, values, scales, bitmap, offsets, out = packed(number)
+        ones = torch.ones_like(values)
+        rows = torch.arange(sizes.frequencies, device=DEVICE)
+        reference.unpack_rows(ones, scales, bitmap, offsets, rows, 0, sizes.tiles, out)
+        kept = out[..., 0] != 0
+        # in the order of the mask, which that of the kernels need not be
+        ordered = []
+        for numbers in (grad, values):
+            reference.unpack_rows(numbers, scales, bitmap, offsets, rows, 0, sizes.tiles, out)
+            ordered.append(out[kept])
+        return *ordered, kept, torch.view_as_complex(out).fill_(torch.nan)
+
+    spectriton = contender.startswith("spectriton")
+    call, inputs = (unpack, packed) if spectriton else (scatter_gradient, masked)
+    got, (grad, values, kept, _) = call(*inputs(0)), masked(0)
+    wanted = torch.zeros_like(got if spectriton else torch.view_as_real(got))
+    wanted[kept] = (grad.double() * (1 - values.double() ** 2)).float()
+    assert error(got if spectriton else torch.view_as_real(got), wanted) < 1e-5
+    moved = packed_nbytes(len(grad), sizes) + nbytes(grad) + nbytes(wanted)
+    measure(f"unpack_gradient_rows {SHAPE} at density {DENSITY}", contender, call, inputs, moved)
 
 
 def scatter_int8(values: Tensor, mask: Tensor, scale: Tensor, out: Tensor) -> Tensor:

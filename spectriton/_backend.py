@@ -17,13 +17,13 @@ from torch import Tensor
 
 from spectriton import reference, tuning
 from spectriton._mixing import EmbeddedMixing, Mixing
-from spectriton.frequencies import FrequencyGrid
+from spectriton.frequencies import FrequencyGrid, frequency_grid
 from spectriton.reference import RowPattern, TileIndex, across, bits, block_codec, kept, max_pool
 from spectriton.reference.pattern import channel_of
 from spectriton.reference.rebuild import Statistics, rebuild
 from spectriton.reference.rounding import noise_key
 from spectriton.reference.spectral_activation import activate_backward
-from spectriton.reference.spectral_batch_norm import norm_planes
+from spectriton.reference.spectral_batch_norm import norm_factor, norm_planes
 from spectriton.reference.unpack import read_values, take_values
 
 BACKENDS = ("auto", "triton", "native", "reference")
@@ -78,16 +78,19 @@ def why_not_native() -> str | None:
     return spectriton_native.why_unavailable()
 
 
-def workspace_bytes(workspace: int | None, device: torch.device) -> int:
+def workspace_bytes(workspace: int | None, device: torch.device, maps: int = 0) -> int:
     """The bound on temporaries in bytes: ``workspace``, else ``SPECTRITON_WORKSPACE_MIB``, else the device's default.
 
-    On a CPU chunks should stay in the caches; on a GPU they should be large enough to fill it.
+    Args:
+        workspace: what was asked for.
+        device: where the work is done.
+        maps: bytes that the largest maps at work would take, dense.
     """
     if workspace is not None:
         return workspace
     setting = _setting("SPECTRITON_WORKSPACE_MIB")
     if setting is None:
-        return (4 if device.type == "cpu" else 64) * _MIB
+        return default_workspace(device.type, maps)
     try:
         size = float(setting)
     except ValueError:
@@ -98,6 +101,17 @@ def workspace_bytes(workspace: int | None, device: torch.device) -> int:
             "the default"
         )
     return int(size * _MIB)
+
+
+def default_workspace(device_type: str, maps: int) -> int:
+    """Bytes of temporaries on a device of a type, for maps of so many.
+
+    On a CPU chunks should stay in the caches. For a GPU the host launches some kernels for each chunk: chunks grow with
+    the maps, so that their number stays at about twenty and the host ahead.
+    """
+    if device_type == "cpu":
+        return 4 * _MIB
+    return min(max(64 * _MIB, maps // 8), 256 * _MIB)
 
 
 class Backend:
@@ -145,7 +159,14 @@ class Backend:
     store_kept = staticmethod(kept.store_kept)
 
     def norm_statistics(
-        self, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        shape: list[int],
+        dtype: torch.dtype,
+        workspace: int,
     ) -> tuple[Tensor, Tensor] | None:
         """Mean and biased variance ``(C,)`` of packed maps ``shape``; None where it takes the steps one by one."""
         return None
@@ -164,6 +185,7 @@ class Backend:
         batch_statistics: bool,
         eps: float,
         out: Tensor | None,
+        workspace: int,
     ) -> tuple[Tensor, Tensor] | None:
         """Gradients ``(C,)`` of weight and bias of a batch norm, and those of the values to ``out``; None likewise."""
         return None
@@ -456,6 +478,10 @@ class TritonBackend(Backend):
         self.kernel_spectrum = kernels.kernel_spectrum
         self.kernel_spectrum_adjoint = kernels.kernel_spectrum_adjoint
 
+    def by_bits(self, dtype: torch.dtype, kind: str = "identity") -> bool:
+        """In all precisions."""
+        return True
+
     def mixing(self, weight: Tensor, groups: int) -> Mixing:
         """By tensor cores."""
         return EmbeddedMixing(weight, groups)
@@ -658,6 +684,77 @@ class TritonBackend(Backend):
         out = grad if pool.codes is None else grad.new_empty(grad.shape[0], *size)
         return self._kernels.spread_planes(grad, pool.windows, pool.codes, pool.signs, out)
 
+    def norm_statistics(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        shape: list[int],
+        dtype: torch.dtype,
+        workspace: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        """From what is kept, in one pass."""
+        batch, channels, height, width = shape
+        if not batch * channels:
+            return None
+        weight = frequency_grid(height, width, values.device).weight
+        power = self._kernels.sum_kept(values, scales, bitmap, offsets, weight, None, dtype, workspace // 2)
+        zero = self._zero_frequency(values, scales, bitmap, offsets, shape, dtype)
+        # The zero frequency enters by its deviation from the mean of the batch: no small difference of large sums.
+        centre = zero.mean(0)
+        power = _per_channel(power, shape) + (zero - centre).square_().sum(0)
+        return (centre / (height * width) ** 0.5).to(dtype), (power / (batch * height * width)).to(dtype)
+
+    def norm_gradients(
+        self,
+        grad: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        shape: list[int],
+        batch_statistics: bool,
+        eps: float,
+        out: Tensor | None,
+        workspace: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        """From what is kept, in one pass for the sums and one for the gradients."""
+        batch, channels, height, width = shape
+        if not batch * channels:
+            return None
+        pattern, root = (bitmap, offsets), float((height * width) ** 0.5)
+        centred = self._zero_frequency(values, scales, *pattern, shape, grad.dtype) - mean.double() * root
+        of_zero = self._zero_frequency(grad, scales.new_empty(0), *pattern, shape, grad.dtype)
+        inner = _per_channel(
+            self._kernels.sum_kept(values, scales, *pattern, None, grad, grad.dtype, workspace // 2), shape
+        )
+        inner += (of_zero * centred).sum(0)
+        total = of_zero.sum(0)
+        if out is not None:
+            factor = norm_factor(weight, var, eps)
+            gain = zero = None
+            if batch_statistics:
+                pull = -factor / (var + eps) * inner / (batch * height * width)
+                gain = _places(pull.expand(batch, -1), *pattern)
+                zero = _places(centred * pull - factor * total / batch, *pattern)
+            factors = _places(factor.expand(batch, -1), *pattern)
+            weights = frequency_grid(height, width, values.device).weight
+            self._kernels.combine_kept(values, scales, grad, *pattern, weights, factors, gain, zero, out)
+        return (inner * norm_factor(None, var, eps)).to(grad.dtype), (total * root).to(grad.dtype)
+
+    def _zero_frequency(
+        self, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype
+    ) -> Tensor:
+        """Real parts ``(B, C)`` of the first row of a packed spectrum, float64."""
+        tiles, tile = offsets.shape[1], 8 * bitmap.shape[2]
+        out = torch.empty(1, tiles * tile, 2, dtype=dtype, device=values.device)
+        self.unpack_rows(values, scales, bitmap, offsets, slice(0, 1), 0, tiles, out)
+        return out[0, : shape[0] * shape[1], 0].double().view(shape[0], shape[1])
+
     def block_plan(self, stored: tuple[Tensor, Tensor, Tensor], layout: block_codec.BlockLayout) -> block_codec.Plan:
         """Of all rows: the kernels pass over those without bits."""
         return block_codec.make_plan(stored, layout, compact=False)
@@ -767,25 +864,26 @@ class TritonBackend(Backend):
         out: Tensor,
         index: TileIndex | None,
     ) -> Tensor | None:
-        """As the reference's, on the dense chunk."""
-        tiles = offsets.shape[1]
-        self.unpack_rows(grad, scales.new_empty(0), bitmap, offsets, rows, 0, tiles, out)
+        """As the reference's."""
         if kind == "identity":
+            self.unpack_rows(grad, scales.new_empty(0), bitmap, offsets, rows, 0, offsets.shape[1], out)
             return None
-        output = torch.empty_like(out)
-        self.unpack_rows(values, scales, bitmap, offsets, rows, 0, tiles, output)
-        if scale is None:
-            product, _ = self.spectral_activation_backward(
-                torch.view_as_complex(out), torch.view_as_complex(output), kind
-            )
-            out.copy_(torch.view_as_real(product))
-            return None
-        # Channels to dimension 1, (Fc * B, C); padding is left alone, it holds zeros.
-        row = out.shape[1] // channels * channels
-        grads, outputs = (torch.view_as_complex(t)[:, :row].reshape(-1, channels) for t in (out, output))
-        product, grad_scale = self.spectral_activation_backward(grads, outputs, kind, scale.to(out.dtype))
-        torch.view_as_complex(out)[:, :row] = product.view(out.shape[0], row)
-        return grad_scale
+        numbers = _row_numbers(rows, out.device)
+        return self._kernels.unpack_gradient_rows(
+            grad, values, scales, bitmap, offsets, numbers, kind, scale, channels, out
+        )
+
+
+def _per_channel(sums: Tensor, shape: list[int]) -> Tensor:
+    """Sums ``(P,)`` of the places of a row, added up to those ``(C,)`` of the channels of maps ``[B, C, H, W]``."""
+    return sums[: shape[0] * shape[1]].view(shape[0], shape[1]).sum(0)
+
+
+def _places(planes: Tensor, bitmap: Tensor, offsets: Tensor) -> Tensor:
+    """Numbers of planes ``(B, C)`` at the places ``(P,)`` of a row."""
+    out = planes.new_zeros(offsets.shape[1] * bitmap.shape[2] * 8)
+    out[: planes.numel()].view(planes.shape).copy_(planes)
+    return out
 
 
 def _format(channels_last: bool) -> torch.memory_format:
@@ -801,12 +899,14 @@ def _ortho_scale(grid: FrequencyGrid, pair: float, own: float, dtype: torch.dtyp
 
 def _row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:
     """The kernels take frequencies one by one."""
-    return _numbers(rows.start, rows.stop, device) if isinstance(rows, slice) else rows.contiguous()
+    if not isinstance(rows, slice):
+        return rows.contiguous()
+    return _numbers(1 << max(0, rows.stop - 1).bit_length(), device)[rows]
 
 
-@lru_cache(maxsize=4096)  # a step of a large network takes some hundred ranges
-def _numbers(first: int, last: int, device: torch.device) -> Tensor:
-    return torch.arange(first, last, device=device)
+@lru_cache(maxsize=64)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
 
 def backend(device: torch.device) -> Backend:

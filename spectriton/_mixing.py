@@ -19,6 +19,9 @@ class Mixing:
         groups: as for ``nn.Conv2d``.
     """
 
+    #: Complex numbers a frequency that stand beside the chunk, for each pair of channels: in forward, and in backward.
+    temporaries = (3, 3)
+
     def __init__(self, weight: Tensor, groups: int) -> None:
         self.shape = weight.shape
         self.groups = groups
@@ -65,6 +68,8 @@ class Mixing:
 class EmbeddedMixing(Mixing):
     """By real matrix products of embedded weights, made by the Triton kernels: tensor cores apply."""
 
+    temporaries = (2, 4)  # the weights, embedded; and their gradient
+
     def __init__(self, weight: Tensor, groups: int) -> None:
         import spectriton_kernels as kernels
 
@@ -72,7 +77,7 @@ class EmbeddedMixing(Mixing):
         self.shape = weight.shape
         self.groups = groups
         self._taps = weight.contiguous()
-        self._gradient = None
+        self._sums: dict[int, Tensor] = {}  # by the first of the input channels
 
     def weights(self, basis: Tensor) -> Tensor:
         """``(Fc, g, 2 I / g, 2 O / g)`` real."""
@@ -96,17 +101,19 @@ class EmbeddedMixing(Mixing):
         """As by complex products, through the gradient of the embedded weights."""
         left, right = (_by_group(pairs.flatten(2), self.groups) for pairs in (x, grad))
         spectrum = torch.matmul(left.mT, right)
-        if self._gradient is None:
-            self._gradient = torch.zeros_like(self._taps)
-        if inputs is None or inputs == slice(0, self.shape[1]):
-            self._kernels.kernel_spectrum_adjoint(spectrum, basis, self.groups, self._gradient)
-        else:
-            taps = torch.zeros_like(self._gradient[:, inputs], memory_format=torch.contiguous_format)
-            self._gradient[:, inputs] += self._kernels.kernel_spectrum_adjoint(spectrum, basis, self.groups, taps)
+        first, shape = (
+            0 if inputs is None else inputs.start,
+            torch.Size((self.shape[0], left.shape[3] // 2, *self.shape[2:])),
+        )
+        sums = self._sums.get(first)
+        self._sums[first] = self._kernels.kernel_spectrum_adjoint_sums(spectrum, basis, self.groups, shape, sums)
 
     def grad_taps(self) -> Tensor:
         """``(O, I / g, kh, kw)``: what was added."""
-        return torch.zeros_like(self._taps) if self._gradient is None else self._gradient
+        if not self._sums:
+            return torch.zeros_like(self._taps)
+        parts = [self._sums[first].sum(0) for first in sorted(self._sums)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _by_group(chunk: Tensor, groups: int) -> Tensor:

@@ -550,7 +550,14 @@ class NativeBackend(Backend):
         values[kept.slots] = numbers
 
     def norm_statistics(
-        self, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], dtype: torch.dtype
+        self,
+        values: Tensor,
+        scales: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        shape: list[int],
+        dtype: torch.dtype,
+        workspace: int,
     ) -> tuple[Tensor, Tensor] | None:
         """In one function."""
         if dtype != torch.float32 or not _stand(values, scales, bitmap, offsets):
@@ -572,6 +579,7 @@ class NativeBackend(Backend):
         batch_statistics: bool,
         eps: float,
         out: Tensor | None,
+        workspace: int,
     ) -> tuple[Tensor, Tensor] | None:
         """Likewise."""
         parameters = (mean, var) if weight is None else (mean, var, weight)

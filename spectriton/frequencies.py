@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A basis up to this size is kept for the next call; larger ones (large kernels on large maps) are made chunk by chunk.
+# A basis up to this size is kept for the next call; larger ones (large kernels on large maps) are made chunk by chunk,
+# which takes twenty operators: on a GPU the host would be slower with them than the device is with the chunk.
 _BASIS_CACHE_BYTES = 1 << 20
+_BASIS_CACHE_BYTES_OF_GPU = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +206,7 @@ def tap_basis(
         ``exp(+2 pi i (ky (dy ty - dy (kh-1)//2) / H + kx (dx tx - dx (kw-1)//2) / W))``.
     """
     chosen = slice(None) if rows is None else rows
-    if grid.count * kernel_size[0] * kernel_size[1] * 2 * dtype.itemsize <= _BASIS_CACHE_BYTES:
+    most = _BASIS_CACHE_BYTES if grid.index.device.type == "cpu" else _BASIS_CACHE_BYTES_OF_GPU
+    if grid.count * kernel_size[0] * kernel_size[1] * 2 * dtype.itemsize <= most:
         return _cached_basis(grid, kernel_size, dilation, dtype)[chosen]
     return torch.view_as_real(_phase(grid, kernel_size, dilation, chosen)).to(dtype)

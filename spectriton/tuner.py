@@ -32,6 +32,7 @@ from spectriton.frequencies import FrequencyGrid, frequency_grid
 from spectriton.packed import layout
 from spectriton.reference import across, bits, block_codec, max_pool
 from spectriton.reference.rebuild import Statistics, rebuild
+from spectriton.reference.spectral_activation import activate_backward
 from spectriton.timing import MOST_SETS, Stopwatch, copy_seconds, evict, input_sets
 
 #: A configuration replaces the heuristic where it is faster by this factor: less is within the scatter of timings.
@@ -385,6 +386,79 @@ def _unpack_rows(case: Case, random: _Random) -> Problem:
     return Problem(run, lambda: (given.dense,), _nbytes(out) + given.nbytes)
 
 
+def _unpack_gradient_rows(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.unpack import plan_unpack_gradient_rows
+
+    (tiles, tile), (dtype, value_dtype) = case.sizes, case.dtypes
+    given = _Packed.random(tiles, 1, tile, (dtype, value_dtype), random)
+    grad = random.real(len(given.values), 2, dtype=dtype)
+    scale = torch.full((1,), 2 * float(given.dense.abs().max()), dtype=dtype, device=random.device)
+    out = torch.empty_like(given.dense)
+
+    def run(config: Any) -> Run:
+        pattern = (given.bitmap, given.offsets, given.rows)
+        launch, partial = plan_unpack_gradient_rows(
+            grad, given.values, given.scales, *pattern, "tanh", scale, 1, out, config
+        )
+        assert partial is not None
+        _spoil(out, partial)
+        return Run(launch.run, lambda: (out, partial.sum(0)))
+
+    def expected() -> tuple[Tensor, ...]:
+        kept, terms = activate_backward(grad.double(), given.dense[given.mask].double(), "tanh", scale.double())
+        assert terms is not None
+        dense, sums = torch.zeros_like(given.dense), torch.zeros_like(given.dense, dtype=torch.float64)
+        dense[given.mask], sums[given.mask] = kept.to(dtype), terms
+        return dense, sums.sum((0, 2)).to(dtype)
+
+    return Problem(run, expected, _nbytes(out, grad) + given.nbytes)
+
+
+def _sum_kept(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.kept import plan_sum_kept
+
+    (tiles, tile), dtypes = case.sizes, case.dtypes
+    given = _Packed.random(tiles, 1, tile, dtypes, random)
+    grad = random.real(len(given.values), 2, dtype=dtypes[0])
+
+    def run(config: Any) -> Run:
+        pattern = (given.values, given.scales, given.bitmap, given.offsets)
+        launch, partial = plan_sum_kept(*pattern, None, grad, dtypes[0], _CHUNK_BYTES, config)
+        _spoil(partial)
+        return Run(launch.run, lambda: (partial.sum(0),))
+
+    def expected() -> tuple[Tensor, ...]:
+        products = torch.zeros_like(given.dense, dtype=torch.float64)
+        products[given.mask] = given.dense[given.mask].double() * grad
+        return (products[1:].sum((0, 2)).to(dtypes[0]),)
+
+    return Problem(run, expected, _nbytes(grad) + given.nbytes)
+
+
+def _combine_kept(case: Case, random: _Random) -> Problem:
+    from spectriton_kernels.kept import plan_combine_kept
+
+    (tiles, tile), (dtype, value_dtype) = case.sizes, case.dtypes
+    given = _Packed.random(tiles, 1, tile, (dtype, value_dtype), random)
+    grad = random.real(len(given.values), 2, dtype=dtype)
+    weight, zero = torch.ones(tiles, device=random.device), torch.zeros(tile, device=random.device)
+    factor, gain = torch.full_like(zero, 2.0), torch.full_like(zero, 0.5)
+    out = torch.empty_like(grad)
+
+    def run(config: Any) -> Run:
+        _spoil(out)
+        pattern = (given.bitmap, given.offsets, weight)
+        launch = plan_combine_kept(given.values, given.scales, grad, *pattern, factor, gain, zero, out, config)
+        return Run(launch.run, lambda: (out,))
+
+    def expected() -> tuple[Tensor, ...]:
+        of_values = given.dense.double() / 2
+        of_values[:1] = 0
+        return ((2 * grad.double() + of_values[given.mask]).to(dtype),)
+
+    return Problem(run, expected, 2 * _nbytes(grad) + given.nbytes)
+
+
 def _grid_of(positions: int, device: torch.device) -> FrequencyGrid:
     """Of maps as square as can be whose half spectra have so many positions."""
     half = next(width for width in range(math.isqrt(max(1, positions // 2)), 0, -1) if positions % width == 0)
@@ -723,6 +797,9 @@ _PROBLEMS: dict[str, Callable[[Case, _Random], Problem]] = {
     "pack_rows": _pack_rows,
     "gather_rows": _gather_rows,
     "unpack_rows": _unpack_rows,
+    "unpack_gradient_rows": _unpack_gradient_rows,
+    "sum_kept": _sum_kept,
+    "combine_kept": _combine_kept,
     "unpack_planes": _unpack_planes,
     "rows_of_half": _rows_of_half,
     "gather_planes": _gather_planes,
@@ -871,6 +948,9 @@ def layer_cases(batch: int, channels: int, size: int, kernel: int) -> Iterator[C
         planes = max(sizes.tile, min(sizes.row, _CHUNK_BYTES // (8 * positions)))
         yield Case("pack_rows", (single, values), tiles)
         yield Case("unpack_rows", (single, values), tiles)
+        yield Case("unpack_gradient_rows", (single, values), tiles)
+        yield Case("sum_kept", (single, values), (sizes.frequencies * sizes.tiles, sizes.tile))
+        yield Case("combine_kept", (single, values), (sizes.frequencies * sizes.tiles, sizes.tile))
         yield Case("unpack_planes", (single, values), (planes, positions, sizes.tile))
     yield Case("rows_of_half", (single,), (planes, positions))
     yield Case("gather_planes", (single,), (planes, positions, sizes.tile))

@@ -226,6 +226,14 @@ def adjoint_splits(programs: int, frequencies: int) -> int:
     return max(1, min(wanted, frequencies // ADJOINT_MIN_FREQUENCIES))
 
 
+def rows_in_turn(rows: int, blocks: int, most: int) -> int:
+    """How many rows of so many blocks a program takes one after the other: a power of two."""
+    in_turn = 1
+    while in_turn < most and ceil_div(rows, 2 * in_turn) * blocks >= ENOUGH_PROGRAMS:
+        in_turn *= 2
+    return in_turn
+
+
 def _stream(dtypes: Dtypes, sizes: Sizes) -> Stream:
     # four 128-bit loads a thread; maths in float64 fill registers, so half of that
     return Stream(8192, 8 if dtypes[0] == torch.float64 else 4)
@@ -238,7 +246,7 @@ def _tiles(most_bytes: int, thread_bytes: int) -> Callable[[Dtypes, Sizes], Tile
         block_bytes = most_bytes
         while block_bytes > 2048 and tiles * 2 * tile * max(dtypes[0].itemsize, 4) < ENOUGH_PROGRAMS * block_bytes:
             block_bytes //= 2
-        return Tiles(block_bytes, thread_bytes if block_bytes > 2048 else 64)
+        return Tiles(block_bytes, thread_bytes if block_bytes > 2048 else min(thread_bytes, 64))
 
     return heuristic
 
@@ -270,6 +278,20 @@ SPECTRAL_ACTIVATION_SCALE_BACKWARD = Tunable(
 PACK_ROWS = Tunable("pack_rows", ("tiles", "tile"), _TILES, _tiles(8192, 128))
 GATHER_ROWS = Tunable("gather_rows", ("tiles", "tile"), _TILES, _tiles(4096, 64))
 UNPACK_ROWS = Tunable("unpack_rows", ("tiles", "tile"), _TILES, _tiles(4096, 64))
+# The derivative for a scale takes many registers.
+UNPACK_GRADIENT_ROWS = Tunable(
+    "unpack_gradient_rows",
+    ("tiles", "tile"),
+    tuple(Tiles(*numbers) for numbers in ((2048, 32), (4096, 32), (8192, 32))),
+    _tiles(4096, 32),
+)
+SUM_KEPT = Tunable("sum_kept", ("tiles", "tile"), _TILES, _tiles(8192, 128))
+COMBINE_KEPT = Tunable(
+    "combine_kept",
+    ("tiles", "tile"),
+    tuple(Tiles(*numbers) for numbers in ((2048, 32), (4096, 32), (2048, 64), (4096, 64))),  # larger ones spill
+    _tiles(4096, 64),
+)
 UNPACK_PLANES = Tunable(
     "unpack_planes",
     ("planes", "positions", "tile"),
@@ -367,6 +389,9 @@ TUNABLES: dict[str, Tunable[Any]] = {
         PACK_ROWS,
         GATHER_ROWS,
         UNPACK_ROWS,
+        UNPACK_GRADIENT_ROWS,
+        SUM_KEPT,
+        COMBINE_KEPT,
         UNPACK_PLANES,
         ROWS_OF_HALF,
         GATHER_PLANES,

@@ -210,9 +210,16 @@ def kernel_spectrum(weight: torch.Tensor, basis: torch.Tensor, groups: int, out:
 
 
 def plan_kernel_spectrum_adjoint(
-    grad: torch.Tensor, basis: torch.Tensor, groups: int, out: torch.Tensor, config: Adjoint | None = None
+    grad: torch.Tensor,
+    basis: torch.Tensor,
+    groups: int,
+    out: torch.Tensor,
+    config: Adjoint | None = None,
+    sums: torch.Tensor | None = None,
 ) -> tuple[Launch, torch.Tensor | None]:
     """The launch behind `kernel_spectrum_adjoint`, by default in the configuration chosen for it.
+
+    With `sums`, the partial sums of another call, it adds to them instead.
 
     Returns:
         The launch, and the partial sums left to be added (None: added already).
@@ -229,13 +236,13 @@ def plan_kernel_spectrum_adjoint(
     block_k, block_i, block_o = config.shape(taps, inputs, outputs, 8 if wide else 4)
     programs = ceil_div(taps, block_k) * groups * ceil_div(inputs, block_i) * ceil_div(outputs, block_o)
     # few channels make few programs: share the frequencies out, to partial sums that are added in a fixed order
-    splits = adjoint_splits(programs, frequencies)
-    partial = None
-    if splits > 1:
+    splits = adjoint_splits(programs, frequencies) if sums is None else sums.shape[0]
+    partial = sums
+    if partial is None and splits > 1:
         dtype = torch.float64 if wide else torch.float32
         partial = torch.empty((splits, *out.shape), dtype=dtype, device=out.device)
     meta = {
-        "ADD": partial is None,
+        "ADD": partial is sums,
         "WIDE": wide,
         "BLOCK_K": block_k,
         "BLOCK_I": block_i,
@@ -274,3 +281,23 @@ def kernel_spectrum_adjoint(grad: torch.Tensor, basis: torch.Tensor, groups: int
     if partial is not None:
         out += partial.sum(dim=0)
     return out
+
+
+def kernel_spectrum_adjoint_sums(
+    grad: torch.Tensor, basis: torch.Tensor, groups: int, shape: torch.Size, sums: torch.Tensor | None
+) -> torch.Tensor:
+    """`kernel_spectrum_adjoint` of several chunks of frequencies, whose partial sums are added up at the end.
+
+    Args:
+        grad, basis, groups: of a chunk, the first one no smaller than the others.
+        shape: of the taps, `(O, I/g, kh, kw)`.
+        sums: what the last call returned, to be added to; None for the first chunk.
+
+    Returns:
+        `(splits, *shape)`, float64 where `grad` or `basis` are and float32 otherwise: its sum over the first dimension
+        is the gradient of the taps.
+    """
+    out = grad.new_zeros(shape) if sums is None else sums[0]
+    launch, partial = plan_kernel_spectrum_adjoint(grad, basis, groups, out, None, sums)
+    launch.run()
+    return out[None] if partial is None else partial

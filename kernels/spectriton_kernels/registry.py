@@ -14,6 +14,7 @@ import torch
 from ._launch import Launch
 from .block_codec import plan_decode_blocks, plan_encode_blocks
 from .complex_product import plan_complex_product
+from .kept import plan_combine_kept, plan_sum_kept
 from .kernel_spectrum import plan_kernel_spectrum, plan_kernel_spectrum_adjoint
 from .max_pool import plan_pool_maxima, plan_spread_maxima
 from .pack import LOW_BIT_VALUES, plan_gather_rows, plan_pack_rows
@@ -22,7 +23,7 @@ from .pool_planes import plan_pool_planes, plan_spread_planes
 from .rebuild import plan_rebuild
 from .sign_bits import plan_clear_outside, plan_rectify
 from .spectral_activation import KINDS, plan_spectral_activation, plan_spectral_activation_backward
-from .unpack import plan_unpack_planes, plan_unpack_rows
+from .unpack import plan_unpack_gradient_rows, plan_unpack_planes, plan_unpack_rows
 
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 SHORT_NAMES = {
@@ -136,6 +137,36 @@ def _unpack_rows(value_dtype: torch.dtype, dtype: torch.dtype, tile: int = 1024,
     values, scales = _values(value_dtype, offsets)
     out = _meta(CHUNK, ROW, 2, dtype=dtype)
     return plan_unpack_rows(values, scales, bitmap, offsets, _rows(), 0, ROW // tile, out, config)
+
+
+def _unpack_gradient_rows(
+    value_dtype: torch.dtype, dtype: torch.dtype, kind: str, scaled: bool, tile: int = 1024, config: Any = None
+) -> Launch:
+    bitmap, offsets = _pattern(tile)
+    values, scales = _values(value_dtype, offsets)
+    grad, out = _meta(FREQUENCIES * ROW // 4, 2, dtype=dtype), _meta(CHUNK, ROW, 2, dtype=dtype)
+    scale = _meta(CHANNELS, dtype=dtype) if scaled else None
+    return plan_unpack_gradient_rows(
+        grad, values, scales, bitmap, offsets, _rows(), kind, scale, CHANNELS, out, config
+    )[0]
+
+
+def _sum_kept(
+    value_dtype: torch.dtype, dtype: torch.dtype, of_gradients: bool, tile: int = 1024, config: Any = None
+) -> Launch:
+    bitmap, offsets = _pattern(tile)
+    values, scales = _values(value_dtype, offsets)
+    grad = _meta(FREQUENCIES * ROW // 4, 2, dtype=dtype) if of_gradients else None
+    weight = None if of_gradients else _meta(FREQUENCIES, dtype=torch.float64)
+    return plan_sum_kept(values, scales, bitmap, offsets, weight, grad, dtype, 1 << 25, config)[0]
+
+
+def _combine_kept(value_dtype: torch.dtype, dtype: torch.dtype, tile: int = 1024, config: Any = None) -> Launch:
+    bitmap, offsets = _pattern(tile)
+    values, scales = _values(value_dtype, offsets)
+    grad, weight = _meta(FREQUENCIES * ROW // 4, 2, dtype=dtype), _meta(FREQUENCIES, dtype=torch.float64)
+    table = _meta(ROW, dtype=torch.float64)
+    return plan_combine_kept(values, scales, grad, bitmap, offsets, weight, table, table, table, grad, config)
 
 
 def _unpack_planes(value_dtype: torch.dtype, dtype: torch.dtype, row_scale: bool = False, config: Any = None) -> Launch:
@@ -306,6 +337,9 @@ CORE = frozenset(
         "pack_rows fp32 to int8 tanh stochastic",
         "gather_rows fp32",
         "unpack_rows fp32 to fp32",
+        "unpack_gradient_rows fp32 to fp32 tanh scale",
+        "sum_kept fp32 to fp32 gradients",
+        "combine_kept fp32 to fp32",
         "unpack_planes fp32 to fp32",
         "unpack_planes int4 to fp32",
         "rows_of_half fp32 row_scale",
@@ -384,6 +418,29 @@ def examples() -> list[Example]:
     for tile in (32, 64, 256):
         add(f"unpack_rows fp32 to fp32 tile {tile}", _unpack_rows, single, single, tile, stores=True)
     add("unpack_rows int8 to fp32 tile 32", _unpack_rows, bytes_, single, 32, stores=True)
+    for kind in KINDS[1:]:
+        for scaled in (False, True):
+            name = f"unpack_gradient_rows fp32 to fp32 {kind}{' scale' if scaled else ''}"
+            add(name, _unpack_gradient_rows, single, single, kind, scaled, stores=True)
+    for pair in ((double, double), (half, single), (bytes_, single), (nibbles, single), (bytes_, double)):
+        name = f"unpack_gradient_rows {_arrow(pair)} tanh scale"
+        add(name, _unpack_gradient_rows, *pair, "tanh", True, stores=True)
+    add(
+        "unpack_gradient_rows fp32 to fp32 tanh scale tile 32",
+        _unpack_gradient_rows,
+        single,
+        single,
+        "tanh",
+        True,
+        32,
+        stores=True,
+    )
+    for pair in ((single, single), (double, double), (half, single), (bytes_, single), (nibbles, single)):
+        add(f"sum_kept {_arrow(pair)}", _sum_kept, *pair, False)
+        add(f"sum_kept {_arrow(pair)} gradients", _sum_kept, *pair, True)
+        add(f"combine_kept {_arrow(pair)}", _combine_kept, *pair)
+    add("sum_kept fp32 to fp32 tile 32", _sum_kept, single, single, False, 32)
+    add("combine_kept fp32 to fp32 tile 32", _combine_kept, single, single, 32)
     for pair in ((single, single), (double, double), (brain, single), (bytes_, single), (nibbles, single)):
         add(f"unpack_planes {_arrow(pair)}", _unpack_planes, *pair)
     add("unpack_planes fp32 to fp32 row_scale", _unpack_planes, single, single, True)

@@ -50,7 +50,7 @@ class Work:
     read: Callable[[Launch], float]
     written: Callable[[Launch], float]
     latency: Callable[[int], float] = lambda passes: MEMORY_LATENCY
-    reals: int = 2
+    reals: float = 2
     passes: Callable[[Launch], int] = lambda launch: 0
     in_pass: Callable[[dict[str, Any]], tuple[str, int]] = lambda meta: ("", 0)
 
@@ -122,6 +122,39 @@ WORK = {
         _packed(0),
         lambda launch: 8,
         lambda passes: CACHE_LATENCY + 2 * MEMORY_LATENCY,  # row number, bitmap and offset, values
+    ),
+    "unpack_gradient_rows": Work(
+        (
+            "unpack_gradient_rows fp32 to fp32 tanh",
+            "unpack_gradient_rows fp32 to fp32 tanh scale",
+            "unpack_gradient_rows int8 to fp32 tanh scale",
+        ),
+        7,
+        lambda launch: 8 * DENSITY + _values(1)(launch) + _pattern(launch),
+        lambda launch: 8 + (4 / launch.meta["ROWS"] if launch.meta["HAS_SCALE"] else 0),
+        lambda passes: max(1, passes) * (CACHE_LATENCY + 2 * MEMORY_LATENCY),
+        passes=lambda launch: launch.meta["ROWS"],
+        in_pass=lambda meta: ("STG", 8 * meta["TILE"] * meta["TILES"]),
+    ),
+    "sum_kept": Work(
+        ("sum_kept fp32 to fp32", "sum_kept fp32 to fp32 gradients"),
+        3,
+        lambda launch: _packed(0)(launch) + (8 * DENSITY if launch.meta["HAS_GRAD"] else 0),
+        lambda launch: 4 / launch.meta["ROWS"],
+        lambda passes: max(1, passes) * 2 * MEMORY_LATENCY,
+        reals=1 / 8,  # a byte of the bitmap stands for eight
+        passes=lambda launch: launch.meta["ROWS"],
+        in_pass=lambda meta: ("FMUL", meta["TILE"] * meta["TILES"]),
+    ),
+    "combine_kept": Work(
+        ("combine_kept fp32 to fp32", "combine_kept int8 to fp32"),
+        3,
+        lambda launch: _packed(0)(launch) + 8 * DENSITY,
+        lambda launch: 8 * DENSITY,
+        lambda passes: max(1, passes) * 2 * MEMORY_LATENCY,
+        reals=1 / 8,
+        passes=lambda launch: launch.meta["ROWS"],
+        in_pass=lambda meta: ("STG", 8 * meta["TILE"] * meta["TILES"]),
     ),
     "unpack_planes": Work(
         ("unpack_planes fp32 to fp32", "unpack_planes int8 to fp32", "unpack_planes int4 to fp32"),

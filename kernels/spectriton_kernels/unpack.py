@@ -1,9 +1,10 @@
 """From the packed spectrum back to dense: `unpack_rows` gives frequency-major chunks, `unpack_planes` half spectra.
 
-The format is the one of docs/packed-format.md. `unpack_rows` handles some tiles a program. `unpack_planes` is
-driven by what it writes: each program owns a block of half-spectrum positions and walks a tile of planes, so that reads
-follow the tile (kept coefficients are contiguous there) and writes follow the plane, and positions whose conjugate is
-stored are no special case.
+The format is the one of docs/packed-format.md. `unpack_rows` handles some tiles a program. `unpack_gradient_rows` does
+the same with gradients, taken through an activation on their way. `unpack_planes` is driven by what it writes: each
+program owns a block of half-spectrum positions and walks a tile of planes, so that reads follow the tile (kept
+coefficients are contiguous there) and writes follow the plane, and positions whose conjugate is stored are no special
+case.
 """
 
 from typing import Protocol
@@ -12,11 +13,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import convert, load_kept
+from ._device import convert, divide, load_kept
 from ._launch import Launch
 from ._rounding import dequantise, words
-from .configs import UNPACK_PLANES, UNPACK_ROWS, Planes, Tiles, ceil_div, next_power_of_2
+from .configs import (
+    UNPACK_GRADIENT_ROWS,
+    UNPACK_PLANES,
+    UNPACK_ROWS,
+    Planes,
+    Tiles,
+    ceil_div,
+    next_power_of_2,
+    rows_in_turn,
+)
 from .pack import check_values, tile_geometry
+from .spectral_activation import KINDS, derivative
+
+# More rows one after the other save next to nothing: sums are a quarter of the bytes of a row, once for all of them.
+_MOST_ROWS = 8
 
 
 class Grid(Protocol):
@@ -99,6 +113,88 @@ def unpack_rows_kernel(
     m_real = o_real < tl.minimum(tiles - i_first, TILES) * (2 * TILE)
     b_out = tl.reshape(convert(b_value, out_ptr), [TILES * 2 * TILE])
     tl.store(out_ptr + i_first.to(tl.int64) * (2 * TILE) + o_real, b_out, mask=m_real)
+
+
+@triton.jit
+def unpack_gradient_rows_kernel(
+    grad_ptr,  # (N, 2)
+    values_ptr,  # (N, 2), or (N,) for 4 bits
+    scales_ptr,  # (F, T)
+    bitmap_ptr,  # (F, T, TILE // 8)
+    offsets_ptr,  # (F, T)
+    rows_ptr,  # (Fc,)
+    scale_ptr,  # (channels,)
+    out_ptr,  # (Fc, T, TILE, 2)
+    partial_ptr,  # (row blocks, T, TILE)
+    rows,
+    row_tiles,
+    channels,
+    KIND: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Writes a dense chunk of gradients behind an activation as those before it; sums for the scale down the rows.
+
+    A program walks down a column of tiles: a position of the row is one channel, so that no sum needs atomics.
+
+    Args:
+        grad_ptr: gradients of the kept coefficients, in their order.
+        values_ptr: the kept coefficients, which the activation gave.
+        scales_ptr: float32 scales of low-bit values (else unused).
+        bitmap_ptr: uint8 bitmap.
+        offsets_ptr: int32 offsets.
+        rows_ptr: int64 frequency row of each chunk row.
+        scale_ptr: scale s of each channel (unused without HAS_SCALE).
+        out_ptr: dense chunk.
+        partial_ptr: what a block of rows adds to the gradient of the scale (unused without HAS_SCALE).
+        rows: rows of the chunk, Fc.
+        row_tiles: tiles of a row, T.
+        channels: C; the channel of a position of the row is its remainder by it.
+        KIND: name of the activation.
+        HAS_SCALE: whether there is a scale.
+        ROWS: rows a program handles one after the other.
+        TILE: coefficients of a tile.
+        TILES: tiles of a row that a program handles at once.
+    """
+    i_program = tl.program_id(0)
+    n_column_blocks = tl.cdiv(row_tiles, TILES)
+    i_first = i_program % n_column_blocks * TILES
+    i_row_block = i_program // n_column_blocks
+    i_column = i_first + tl.arange(0, TILES)
+    m_column = i_column < row_tiles
+    o_real = tl.arange(0, TILES * 2 * TILE)
+    m_real = o_real < tl.minimum(row_tiles - i_first, TILES) * (2 * TILE)
+    DTYPE: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
+    if HAS_SCALE:
+        o_coefficient = tl.arange(0, TILE)[None, :]
+        m_coefficient = m_column[:, None] & (o_coefficient < TILE)
+        i_channel = (i_column % channels * TILE % channels)[:, None] + o_coefficient
+        i_channel -= divide(i_channel, channels) * channels
+        b_inverse = 1.0 / tl.load(scale_ptr + i_channel, mask=m_coefficient, other=1.0).to(DTYPE)
+        b_sum = tl.zeros([TILES, TILE], DTYPE)
+    for i in range(ROWS):
+        i_row = i_row_block * ROWS + i
+        m_tile = m_column & (i_row < rows)
+        row = tl.load(rows_ptr + i_row, mask=i_row < rows, other=0)
+        i_tile = row * row_tiles + i_column
+        b_kept = load_kept(bitmap_ptr, i_tile, m_tile, TILE)
+        start = tl.load(offsets_ptr + i_tile, mask=m_tile, other=0).to(tl.int64)
+        b_rank = tl.cumsum(b_kept, axis=1) - b_kept
+        b_z = load_pairs(values_ptr, scales_ptr, i_tile, m_tile, start, b_rank, b_kept, DTYPE).to(DTYPE)
+        b_grad = load_pairs(grad_ptr, scales_ptr, i_tile, m_tile, start, b_rank, b_kept, DTYPE).to(DTYPE)
+        if HAS_SCALE:
+            slope, rest = derivative(b_z * b_inverse[:, :, None], KIND)
+            b_sum += tl.sum(b_grad * rest, axis=2)  # zero where nothing is kept, as the gradient is
+        else:
+            slope, _ = derivative(b_z, KIND)
+        b_out = tl.reshape(convert(b_grad * slope, out_ptr), [TILES * 2 * TILE])
+        i_dense = i_row.to(tl.int64) * row_tiles + i_first
+        tl.store(out_ptr + i_dense * (2 * TILE) + o_real, b_out, mask=m_real & (i_row < rows))
+    if HAS_SCALE:
+        p_partial = partial_ptr + (i_row_block.to(tl.int64) * row_tiles + i_column)[:, None] * TILE + o_coefficient
+        tl.store(p_partial, b_sum, mask=m_coefficient)
 
 
 @triton.jit
@@ -233,6 +329,109 @@ def unpack_rows(
     """
     plan_unpack_rows(values, scales, bitmap, offsets, rows, t0, t1, out).run()
     return out
+
+
+def plan_unpack_gradient_rows(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    bitmap: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    kind: str,
+    scale: torch.Tensor | None,
+    channels: int,
+    out: torch.Tensor,
+    config: Tiles | None = None,
+) -> tuple[Launch, torch.Tensor | None]:
+    """The launch behind `unpack_gradient_rows`, by default in the configuration chosen for it.
+
+    Returns:
+        The launch, and the sums for the scale, `(row blocks, T * tile)` (None without one).
+    """
+    scales = check_values(values, scales, offsets)
+    assert kind in KINDS, kind
+    assert grad.is_contiguous() and grad.shape == (values.shape[0], 2), "a pair for each value"
+    assert out.is_contiguous() and out.shape[0] == rows.shape[0], "out must have the shape of the chunk"
+    tile, row_tiles, chunk_tiles = tile_geometry(bitmap, out)
+    assert chunk_tiles == row_tiles, "whole rows"
+    assert channels < 2**19 or scale is None, "the kernel divides by way of float32"
+    count = rows.shape[0]
+    if config is None:
+        config = UNPACK_GRADIENT_ROWS.choose(out.device, (out.dtype, values.dtype), (count * row_tiles, tile))
+    block_tiles, num_warps = config.shape(tile, out.element_size())
+    if scale is None:  # the derivative alone takes few registers
+        num_warps = max(1, num_warps // 2)
+    # wider than a row no block has to be
+    while block_tiles > 1 and block_tiles // 2 >= row_tiles:
+        block_tiles, num_warps = block_tiles // 2, max(1, num_warps // 2)
+    column_blocks = ceil_div(row_tiles, block_tiles)
+    # nothing is summed without a scale; in float64 the constants of a loop would spill
+    in_turn = 1 if scale is None or out.dtype == torch.float64 else rows_in_turn(count, column_blocks, _MOST_ROWS)
+    row_blocks = ceil_div(count, in_turn)
+    partial = None
+    if scale is not None:
+        partial = torch.empty(row_blocks, out.shape[1], dtype=out.dtype, device=out.device)
+    args = (
+        grad,
+        values,
+        scales,
+        bitmap,
+        offsets,
+        rows,
+        None if scale is None else scale.contiguous(),
+        out,
+        partial,
+        count,
+        row_tiles,
+        channels,
+    )
+    meta = {
+        "KIND": kind,
+        "HAS_SCALE": scale is not None,
+        "ROWS": in_turn,
+        "TILE": tile,
+        "TILES": block_tiles,
+        "num_warps": num_warps,
+    }
+    return Launch(unpack_gradient_rows_kernel, (row_blocks * column_blocks,), args, meta), partial
+
+
+def unpack_gradient_rows(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    bitmap: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    kind: str,
+    scale: torch.Tensor | None,
+    channels: int,
+    out: torch.Tensor,
+) -> torch.Tensor | None:
+    """Writes all of a dense chunk: `grad * h'` where a coefficient is kept, zero elsewhere.
+
+    Args:
+        grad: `(N, 2)` contiguous, float32 or float64: gradients of what the activation gave.
+        values: what it gave, `(N, 2)` float32, float64, float16, bfloat16 or int8, or `(N,)` uint8 for 4 bits.
+        scales: `(F, T)` float32 of low-bit values; else None or empty.
+        bitmap: `(F, T, tile // 8)` uint8.
+        offsets: `(F, T)` int32.
+        rows: `(Fc,)` int64, frequency rows.
+        kind: activation `h`, one of `spectral_activation.KINDS`.
+        scale: `(channels,)` scale of the activation, or None.
+        channels: C; the channel of a position of the row is its remainder by it.
+        out: `(Fc, T * tile, 2)` contiguous, float32 or float64.
+
+    Returns:
+        `(channels,)` gradient of the scale, None without one; bit by bit the same from run to run in one configuration.
+    """
+    launch, partial = plan_unpack_gradient_rows(grad, values, scales, bitmap, offsets, rows, kind, scale, channels, out)
+    launch.run()
+    if partial is None:
+        return None
+    # positions beyond the last whole set of channels are padding
+    return partial[:, : partial.shape[1] // channels * channels].reshape(-1, channels).sum(0)
 
 
 def plan_unpack_planes(

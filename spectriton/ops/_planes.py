@@ -357,6 +357,8 @@ def plane_chunks(
 def row_chunks(count: int, bytes_per_row: int, workspace: int) -> Iterator[slice]:
     """The rows ``0:count`` in chunks whose temporaries fit the workspace."""
     step = max(1, workspace // max(1, bytes_per_row))
+    if step > 1:
+        step -= step % 2  # Triton compiles anew for rows that do not begin at a multiple of sixteen bytes
     for first in range(0, count, step):
         yield slice(first, min(first + step, count))
 
@@ -521,6 +523,7 @@ def plane_slices(x: Tensor) -> Callable[[int, int], Tensor]:
     return planes
 
 
-def resolve_workspace(workspace: int, device: torch.device) -> int:
-    """Ops take 0 for the default workspace of the device."""
-    return workspace_bytes(workspace or None, device)
+def resolve_workspace(workspace: int, device: torch.device, *maps: Layout) -> int:
+    """Ops take 0 for the default workspace of the device; on a GPU it depends on the largest of the ``maps``."""
+    dense = max((4 * sizes.row * sizes.height * sizes.width for sizes in maps), default=0)
+    return workspace_bytes(workspace or None, device, dense)

@@ -140,7 +140,8 @@ class _Walk:
         self.dtype = dtype
         self.mixing = self.primitives.mixing(weight.to(dtype), settings.groups)
         self._kernel_size = (weight.shape[2], weight.shape[3])
-        self._workspace = resolve_workspace(settings.workspace, device)
+        maps = (outputs, *(source.sizes for source in self.sources))
+        self._workspace = resolve_workspace(settings.workspace, device, *maps)
         item, fold = 2 * dtype.itemsize, self.stride[0] * self.stride[1]
         # Each coefficient of a chunk stands there once; one that is kept takes its position (8 bytes) and a few values
         # on its way: read from the input; activated and stored in forward; derived and scaled in backward. Bit by bit
@@ -160,7 +161,7 @@ class _Walk:
             per_output = item
         else:
             per_output = item + kept_out / max(1, outputs.frequencies * outputs.row) * (16 + 6 * item)
-        taps = fold * 3 * item * weight[:, :, 0, 0].numel()  # weights, their gradient or embedding
+        taps = fold * self.mixing.temporaries[kept_out is not None] * item * weight[:, :, 0, 0].numel()
         self._bytes_per_row = int(of_inputs + per_output * outputs.padded_row) + taps
 
     def filled_rows(self) -> int:

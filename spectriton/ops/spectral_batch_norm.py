@@ -260,7 +260,8 @@ def _map_statistics(
     edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int], workspace: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``(C,)`` of the maps."""
-    made = backend(bitmap.device).norm_statistics(values, scales, bitmap, offsets, shape, edge.dtype)
+    bound = resolve_workspace(workspace, bitmap.device)
+    made = backend(bitmap.device).norm_statistics(values, scales, bitmap, offsets, shape, edge.dtype, bound)
     if made is not None:
         return made
     walk = _Walk(bitmap, offsets, shape, edge.dtype, values.shape[0], (2, 0), workspace)
@@ -402,8 +403,10 @@ def norm_gradients(
     grad_input = grad if overwrite else grad.new_zeros(values.shape[0] if need_input else 0, 2)
     if not active:
         fields, out = (values, scales, bitmap, offsets), grad_input if need_input else None
-        settings = (shape, batch_statistics, eps, out)
-        made = backend(bitmap.device).norm_gradients(grad, *fields, weight, mean, var, *settings)
+        bound = resolve_workspace(workspace, bitmap.device)
+        made = backend(bitmap.device).norm_gradients(
+            grad, *fields, weight, mean, var, shape, batch_statistics, eps, out, bound
+        )
         if made is not None:
             return grad_input, *made, torch.zeros_like(mean)
     walk = _Walk(bitmap, offsets, shape, grad.dtype, values.shape[0], (9, 9) if active else (5, 0), workspace)

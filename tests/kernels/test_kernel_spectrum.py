@@ -7,7 +7,7 @@ import pytest
 import torch
 from tolerances import TOLERANCES
 
-from spectriton_kernels import kernel_spectrum, kernel_spectrum_adjoint
+from spectriton_kernels import kernel_spectrum, kernel_spectrum_adjoint, kernel_spectrum_adjoint_sums
 from spectriton_kernels.kernel_spectrum import plan_kernel_spectrum_adjoint
 
 pytestmark = pytest.mark.triton
@@ -155,6 +155,20 @@ def test_adjoint_shares_frequencies_out(device):
         basis = torch.zeros(frequencies, height * width, 2, device=device)
         partial = plan_kernel_spectrum_adjoint(grad, basis, groups, out)[1]
         assert (partial is not None) == (case is CASES[-1])
+
+
+@pytest.mark.parametrize("frequencies", [(70, 70, 3), (70,), (5, 1)])
+def test_adjoint_sums(frequencies, device):
+    """Chunks, shared out or not, the last ones smaller, add up to the gradient of all of them."""
+    shape, chunks, sums = torch.Size((4, 3, 3, 3)), [], None
+    for seed, count in enumerate(frequencies):
+        basis = basis_for(count, 3, 3, torch.float32, device)
+        grad = random(count, 2, 6, 4, dtype=torch.float32, device=device, seed=seed)
+        chunks.append((grad, basis))
+        sums = kernel_spectrum_adjoint_sums(grad, basis, 2, shape, sums)
+        assert sums.shape == (2 if frequencies[0] == 70 else 1, *shape)
+    expected = sum(adjoint_by_hand(grad, basis, shape, 2) for grad, basis in chunks)
+    torch.testing.assert_close(sums.sum(0).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float16, torch.bfloat16, torch.float64])

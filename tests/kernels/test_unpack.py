@@ -7,7 +7,8 @@ import pytest
 import torch
 from packed_by_hand import grid_by_hand, pack_by_hand, padded
 
-from spectriton_kernels import pack_rows, unpack_planes, unpack_rows
+from spectriton_kernels import pack_rows, unpack, unpack_gradient_rows, unpack_planes, unpack_rows
+from spectriton_kernels.spectral_activation import KINDS
 
 pytestmark = pytest.mark.triton
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -90,6 +91,77 @@ def test_round_trip(device):
     keep = dense.norm(dim=-1) >= 1.2
     keep[0] = True
     assert torch.equal(out, padded(dense * keep[..., None], tile))
+
+
+def by_hand(kind: str, z: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dz/dx, dz/ds) of z = s h(x / s), from x."""
+    h = {"tanh": torch.tanh, "softsign": torch.nn.functional.softsign, "asinh": torch.asinh, "atan": torch.atan}[kind]
+    inverse = {
+        "tanh": torch.atanh,
+        "softsign": lambda q: q / (1 - q.abs()),
+        "asinh": torch.sinh,
+        "atan": torch.tan,
+    }[kind]
+    x, s = (scale * inverse(z / scale)).requires_grad_(), scale.expand_as(z).clone().requires_grad_()
+    return torch.autograd.grad((s * h(x / s)).sum(), [x, s])
+
+
+@pytest.mark.parametrize("has_scale", [False, True])
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize(
+    ("tile", "batch", "channels", "rows"),
+    [(32, 5, 15, [0, 1, 2, 3, 4]), (32, 1, 1, [0, 2]), (64, 64, 2, [2, 4]), (1024, 3, 500, [0, 3]), (32, 5, 15, [])],
+)
+def test_unpack_gradient_rows(tile, batch, channels, rows, kind, has_scale, device):
+    double, length = torch.float64, batch * channels
+    z = random(5, length, 2, dtype=double, device=device).tanh() * 0.9
+    grad = random(5, length, 2, dtype=double, device=device, seed=5)
+    scale = torch.linspace(1, 3, channels, dtype=double, device=device)
+    of_row = scale.repeat(batch)[None, :, None] if has_scale else torch.ones(1, 1, 1, dtype=double, device=device)
+    mask = random_mask(5, length, device)
+    packed, grads = (pack_by_hand(t, mask, tile, double, np.random.default_rng(2)) for t in (z, grad))
+    out = torch.full((len(rows), packed.bitmap.shape[1] * tile, 2), float("nan"), dtype=double, device=device)
+    chosen = torch.tensor(rows, dtype=torch.int64, device=device)
+    given = scale if has_scale else None
+    grad_scale = unpack_gradient_rows(
+        grads.values, packed.values, None, packed.bitmap, packed.offsets, chosen, kind, given, channels, out
+    )
+    to_x, to_scale = by_hand(kind, z, of_row)
+    torch.testing.assert_close(out, padded(grad * to_x * mask[..., None], tile)[rows], rtol=1e-9, atol=1e-12)
+    if not has_scale:
+        assert grad_scale is None
+        return
+    terms = (grad * to_scale * mask[..., None])[rows].sum((0, 2)).view(batch, channels).sum(0)
+    torch.testing.assert_close(grad_scale, terms, rtol=1e-9, atol=1e-12)
+
+
+def test_unpack_gradient_rows_in_turn(device, monkeypatch):
+    """Rows that one program takes one after the other, the last ones fewer, give what each gives by itself."""
+    z, grad = (random(11, 50, 2, dtype=torch.float32, device=device, seed=seed).tanh() for seed in (0, 1))
+    mask, scale = random_mask(11, 50, device), torch.linspace(1, 3, 10, device=device)
+    packed, grads = (pack_by_hand(t, mask, 32, torch.float32) for t in (z, grad))
+    found = []
+    for in_turn in (1, 4):
+        monkeypatch.setattr(unpack, "rows_in_turn", lambda rows, blocks, most, n=in_turn: n)
+        out = torch.full((11, 64, 2), float("nan"), device=device)
+        pattern = (packed.bitmap, packed.offsets, torch.arange(11, device=device))
+        found.append((out, unpack_gradient_rows(grads.values, packed.values, None, *pattern, "tanh", scale, 10, out)))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_unpack_gradient_rows_not_finite(device):
+    """Gradients that are not finite stay where they are, and what is not kept is zero."""
+    z, grad = torch.zeros(2, 32, 2, device=device), torch.zeros(2, 32, 2, device=device)
+    z[1, 4, 0], grad[0, 3], grad[1, 31, 0] = float("nan"), torch.tensor([float("nan"), 1.0]), float("-inf")
+    mask = (z + grad).isnan().any(-1) | grad.isinf().any(-1)
+    packed, grads = (pack_by_hand(t, mask, 32, torch.float32) for t in (z, grad))
+    out = torch.full((2, 32, 2), 7.0, device=device)
+    rows = torch.arange(2, device=device)
+    unpack_gradient_rows(grads.values, packed.values, None, packed.bitmap, packed.offsets, rows, "tanh", None, 1, out)
+    expected = grad.clone()
+    expected[1, 4, 0] = float("nan")
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (6, 1), (4, 4), (5, 7), (3, 8), (6, 5), (12, 13)])

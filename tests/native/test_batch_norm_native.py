@@ -181,11 +181,11 @@ def test_statistics(native: Backend, shape: tuple[int, int, int, int], value_dty
     maps = torch.fft.irfft2(spectrum, s=shape[2:], norm="ortho")
     fields = (packed.values, packed.scales, packed.bitmap, packed.offsets)
     for given in (fields, behind_a_gap(packed)):
-        found = native.norm_statistics(*given, list(shape), torch.float32)
+        found = native.norm_statistics(*given, list(shape), torch.float32, 0)
         assert found is not None
         torch.testing.assert_close(found[0].double(), maps.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found[1].double(), maps.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
-    assert native.norm_statistics(*fields, list(shape), torch.float64) is None
+    assert native.norm_statistics(*fields, list(shape), torch.float64, 0) is None
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 4, 4)])
@@ -212,7 +212,7 @@ def test_norm_gradients(
         for given, above, first in ((fields, grad, 0), (behind_a_gap(packed), gap, 1)):
             apart, over = torch.full_like(above, float("nan")), above.clone()
             for taken, out in ((above, apart), (over, over), (above, None)):
-                found = native.norm_gradients(taken, *given, gamma, mean, var, sizes, batch_statistics, 1e-5, out)
+                found = native.norm_gradients(taken, *given, gamma, mean, var, sizes, batch_statistics, 1e-5, out, 0)
                 assert found is not None
                 made = expected[0] if out is None else out[first:]
                 for got, exact in zip((made, *found), expected[:3], strict=True):
@@ -224,10 +224,10 @@ def test_offsets_beyond_the_values(native: Backend):
     packed, sizes = packed_of((3, 5, 7, 6), "float16"), [3, 5, 7, 6]
     fields = (packed.values[:-1], packed.scales, packed.bitmap, packed.offsets)
     with pytest.raises(ValueError, match="damaged"):
-        native.norm_statistics(*fields, sizes, torch.float32)
+        native.norm_statistics(*fields, sizes, torch.float32, 0)
     grad, ones = torch.ones(packed.kept - 1, 2), torch.ones(5)
     with pytest.raises(ValueError, match="damaged"):
-        native.norm_gradients(grad, *fields, None, ones, ones, sizes, True, 0.0, None)
+        native.norm_gradients(grad, *fields, None, ones, ones, sizes, True, 0.0, None, 0)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (0, 4), (2, 1)])
