@@ -434,7 +434,8 @@ def counting(traffic: Traffic, meta: bool = False) -> Iterator[None]:
         stack.enter_context(patch(_backend, "backend_name", lambda device: "triton"))
         stack.enter_context(patch(bits, "_CHUNK_OF_CPU", bits._CHUNK))
         # The default of a GPU.
-        stack.enter_context(mock.patch.dict(os.environ, SPECTRITON_WORKSPACE_MIB="64"))
+        of_gpu = _backend.default_workspace
+        stack.enter_context(patch(_backend, "default_workspace", lambda device_type, maps: of_gpu("cuda", maps)))
         stack.callback(_forget_constants)
         _forget_constants()
         if meta:

@@ -282,7 +282,7 @@ UNPACK_ROWS = Tunable("unpack_rows", ("tiles", "tile"), _TILES, _tiles(4096, 64)
 UNPACK_GRADIENT_ROWS = Tunable(
     "unpack_gradient_rows",
     ("tiles", "tile"),
-    tuple(Tiles(*numbers) for numbers in ((2048, 32), (4096, 32), (8192, 32))),
+    tuple(Tiles(*numbers) for numbers in ((1024, 32), (2048, 32), (4096, 32), (8192, 32))),
     _tiles(4096, 32),
 )
 SUM_KEPT = Tunable("sum_kept", ("tiles", "tile"), _TILES, _tiles(8192, 128))

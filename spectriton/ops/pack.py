@@ -50,16 +50,16 @@ def _pack(
     workspace: int,
     seed: Tensor | None,
 ) -> Packed:
-    dtype = _precision(spectrum)
+    dtype, sizes = _precision(spectrum), layout((*spectrum.shape[:2], height, width))
     return pack_planes(
         rows_of_spectrum(spectrum, (height, width), dtype),
-        layout((*spectrum.shape[:2], height, width)),
+        sizes,
         threshold,
         density,
         value_dtype,
         dtype,
         spectrum.device,
-        resolve_workspace(workspace, spectrum.device),
+        resolve_workspace(workspace, spectrum.device, sizes),
         seed,
     )
 
@@ -85,8 +85,8 @@ def _pack_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[in
     out = torch.empty(*shape[:3], grid.half_width, 2, dtype=grad.dtype, device=grad.device)
     planes = out.flatten(0, 1)
     packed = (grad.contiguous(), grad.new_empty(0), bitmap, offsets)
-    workspace = resolve_workspace(workspace, grad.device)
-    for half in unpack_planes(*packed, layout(shape), workspace, planes):
+    sizes = layout(shape)
+    for half in unpack_planes(*packed, sizes, resolve_workspace(workspace, grad.device, sizes), planes):
         flat = half.flatten(1, 2)
         flat.index_fill_(1, grid.mirror_index, 0)
         flat[..., 1].index_fill_(1, grid.index[grid.self_conjugate], 0)
@@ -122,9 +122,8 @@ _pack.register_autograd(_pack_autograd, setup_context=_pack_setup)
 def _unpack(edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Tensor, shape: list[int]) -> Tensor:
     """Packed to half spectra ``(B, C, H, Wh)``."""
     out = torch.empty(*shape[:3], shape[3] // 2 + 1, 2, dtype=edge.dtype, device=values.device)
-    workspace = resolve_workspace(0, values.device)
-    packed = (values, scales, bitmap, offsets)
-    for _ in unpack_planes(*packed, layout(shape), workspace, out.flatten(0, 1)):
+    packed, sizes = (values, scales, bitmap, offsets), layout(shape)
+    for _ in unpack_planes(*packed, sizes, resolve_workspace(0, values.device, sizes), out.flatten(0, 1)):
         pass  # each chunk is written where it belongs
     return torch.view_as_complex(out)
 
@@ -138,15 +137,15 @@ def _(edge: Tensor, values: Tensor, scales: Tensor, bitmap: Tensor, offsets: Ten
 @define_op("(Tensor grad, Tensor bitmap, Tensor offsets, SymInt kept, SymInt[] shape) -> Tensor")
 def _unpack_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, shape: list[int]) -> Tensor:
     """Gradient of half spectra to the packed one: a stored coefficient collects that of its mirror image too."""
-    dtype = _precision(grad)
+    dtype, sizes = _precision(grad), layout(shape)
     return gather_planes(
         rows_of_spectrum(grad, (shape[2], shape[3]), dtype, fold=True),
         bitmap,
         offsets,
         kept,
-        layout(shape),
+        sizes,
         dtype,
-        resolve_workspace(0, grad.device),
+        resolve_workspace(0, grad.device, sizes),
     )
 
 
@@ -186,7 +185,7 @@ def _to_spectral(
         value_dtype,
         dtype,
         x.device,
-        resolve_workspace(workspace, x.device),
+        resolve_workspace(workspace, x.device, sizes),
         seed,
     )
 
@@ -237,8 +236,9 @@ def _maps(
 ) -> Tensor:
     """Packed coefficients to real maps ``(B, C, H, W)``, a chunk of planes at a time."""
     x = torch.empty(shape, dtype=dtype, device=values.device)
-    packed = (values, scales, bitmap, offsets, layout(shape), weighted, resolve_workspace(workspace, values.device))
-    for _ in unpack_maps(*packed, plane_slices(x)):
+    sizes = layout(shape)
+    bound = resolve_workspace(workspace, values.device, sizes)
+    for _ in unpack_maps(values, scales, bitmap, offsets, sizes, weighted, bound, plane_slices(x)):
         pass  # each chunk is written where it belongs
     return x
 
@@ -261,8 +261,9 @@ def _(
 @define_op("(Tensor grad, Tensor bitmap, Tensor offsets, SymInt kept, int workspace) -> Tensor")
 def _to_spatial_backward(grad: Tensor, bitmap: Tensor, offsets: Tensor, kept: int, workspace: int) -> Tensor:
     """The adjoint of ``irfft2`` from a pattern, ``(kept, 2)``."""
-    workspace = resolve_workspace(workspace, grad.device)
-    return gather_maps(plane_slices(grad), bitmap, offsets, kept, layout(grad.shape), _precision(grad), workspace)
+    sizes = layout(grad.shape)
+    bound = resolve_workspace(workspace, grad.device, sizes)
+    return gather_maps(plane_slices(grad), bitmap, offsets, kept, sizes, _precision(grad), bound)
 
 
 @_to_spatial_backward.register_fake

@@ -333,7 +333,8 @@ def _packed_max_pool2d(
     if primitives.unpack_pooled(*packed, grid, 0, sizes.tiles, pool, planes, index):
         return y, codes
     maps_of = _map_reader(*packed, sizes, True, edge.dtype, pooling.across, index)
-    for t0, t1, first, last in plane_chunks(sizes, edge.dtype, resolve_workspace(workspace, device), device):
+    bound = resolve_workspace(workspace, device, sizes)
+    for t0, t1, first, last in plane_chunks(sizes, edge.dtype, bound, device):
         pooling.pool(maps_of(t0, t1), planes[first:last], codes, first)
     return y, codes
 
@@ -382,8 +383,8 @@ def _packed_max_pool2d_backward(
     def planes(first: int, last: int) -> Tensor:
         return pooling.spread(grads[first:last], codes, first)
 
-    workspace = resolve_workspace(workspace, grad.device)
-    return gather_maps(planes, bitmap, offsets, kept, sizes, grad.dtype, workspace)
+    bound = resolve_workspace(workspace, grad.device, sizes)
+    return gather_maps(planes, bitmap, offsets, kept, sizes, grad.dtype, bound)
 
 
 @_packed_max_pool2d_backward.register_fake
@@ -441,7 +442,7 @@ def _repacked_pool2d(
     pooled = layout([*shape[:2], *_output_size(shape[2:], kernel, stride)])
     count = _code_bytes(pooled.row, pooled.height * pooled.width, kernel)
     codes = torch.empty(count, dtype=torch.uint8, device=values.device)
-    bound = resolve_workspace(workspace, values.device)
+    bound = resolve_workspace(workspace, values.device, layout(shape))
     rows_of = pooled_rows((values, scales, bitmap, offsets), shape, kernel, stride, edge.dtype, bound, codes)
     rule = (threshold, density, value_dtype)
     packed = pack_planes(rows_of, pooled, *rule, edge.dtype, values.device, bound, repacked=True)
@@ -485,7 +486,7 @@ def _repacked_pool2d_backward(
     stride: list[int],
     workspace: int,
 ) -> Tensor:
-    bound = resolve_workspace(workspace, grad.device)
+    bound = resolve_workspace(workspace, grad.device, layout(shape))
     return pooled_gradients(
         grad, pooled_bitmap, pooled_offsets, codes, None, bitmap, offsets, kept, shape, kernel, stride, bound
     )

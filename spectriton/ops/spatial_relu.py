@@ -111,7 +111,7 @@ def _spatial_relu(
     codes, signs = (
         torch.empty(count, dtype=torch.uint8, device=values.device) for count in _code_sizes(shape, kernel, stride)
     )
-    bound = resolve_workspace(workspace, values.device)
+    bound = resolve_workspace(workspace, values.device, layout(shape))
     packed, norm = (values, scales, bitmap, offsets), (weight, bias, mean, var)
     of_maxima = None if _plain(kernel, stride) else codes
     rows_of = _activated_rows(packed, norm, shape, eps, kernel, stride, edge.dtype, bound, of_maxima, signs)
@@ -168,7 +168,7 @@ def _spatial_relu_again(
 ) -> tuple[Tensor, Tensor]:
     """Values and scales of the result once more, whose pattern is known; the edge is the result's."""
     sizes, device = layout(shape), values.device
-    bound = resolve_workspace(workspace, device)  # the same chunks as before, and so the same to the bit
+    bound = resolve_workspace(workspace, device, sizes)  # the same chunks as before, and so the same to the bit
     packed, norm = (values, scales, bitmap, offsets), (weight, bias, mean, var)
     rows_of = _activated_rows(packed, norm, shape, eps, [1, 1], [1, 1], edge.dtype, bound, None, None)
     out_values = values.new_empty(edge.shape[0], *values.shape[1:])
@@ -235,7 +235,7 @@ def _spatial_relu_backward(
 
     Without ``need_input`` the first is not brought through the norm.
     """
-    bound = resolve_workspace(workspace, grad.device)
+    bound = resolve_workspace(workspace, grad.device, layout(shape))
     of_maxima = None if _plain(kernel, stride) else codes
     grad_maps = pooled_gradients(
         grad, out_bitmap, out_offsets, of_maxima, signs, bitmap, offsets, kept, shape, kernel, stride, bound

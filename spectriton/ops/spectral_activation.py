@@ -67,7 +67,7 @@ def _chunks(
     """Ranges of frequencies that fit the workspace, with their patterns."""
     sizes = layout(shape)
     index = reference.TileIndex(bitmap, offsets)
-    bound = resolve_workspace(workspace, bitmap.device)
+    bound = resolve_workspace(workspace, bitmap.device, sizes)
     # Beside positions, slots and channels there are about as many values on their way as in a dense chunk.
     for rows in row_chunks(sizes.frequencies, 2 * row_bytes(sizes, dtype, kept), bound):
         yield rows, reference.row_pattern(bitmap, offsets, rows, 0, sizes.tiles, index)

@@ -206,7 +206,7 @@ class _Walk:
             per_row = int(sizes.padded_row * (1 + 2 * dtype.itemsize + share * (16 + 2 * arrays[0] * dtype.itemsize)))
             if self.primitives.by_bits(dtype) and self.index.ordered:
                 per_row = int(sizes.padded_row * share * 2 * arrays[1] * dtype.itemsize)
-        at_once = max(1, resolve_workspace(workspace, bitmap.device) // max(1, per_row))
+        at_once = max(1, resolve_workspace(workspace, bitmap.device, sizes) // max(1, per_row))
         self._parts: Sequence[Tensor] = rows.split(at_once) if rows.numel() else ()
         self._kept: KeptRows | None = None
 

@@ -118,7 +118,7 @@ class _Walk:
         self.inputs, self.outputs = layout(shape), layout((*shape[:2], *output_size))
         self.plan = _plan((shape[2], shape[3]), output_size, device)
         self.primitives = backend(device)
-        self.workspace = resolve_workspace(workspace, device)
+        self.workspace = resolve_workspace(workspace, device, self.inputs)
         # A chunk of each side, and a copy in the order of the other.
         sides = row_bytes(self.inputs, dtype, kept), row_bytes(self.outputs, dtype, kept, 2)
         self.rows_at_once = max(1, self.workspace // max(1, sum(sides)))
