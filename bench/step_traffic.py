@@ -298,7 +298,7 @@ def _kernel_name(launch: Launch) -> str:
 def _worked_on(launch: Launch) -> int:
     """Coefficients, or values of maps, that a launch works on; 0 where nothing is said of them."""
     work = roof.WORK.get(_kernel_name(launch))
-    return 0 if work is None else launch.args[work.operand].numel() // work.reals
+    return 0 if work is None else int(launch.args[work.operand].numel() / work.reals)
 
 
 def _by_instructions(launch: Launch) -> int:

@@ -125,8 +125,8 @@ WORK = {
     ),
     "unpack_gradient_rows": Work(
         (
-            "unpack_gradient_rows fp32 to fp32 tanh",
             "unpack_gradient_rows fp32 to fp32 tanh scale",
+            "unpack_gradient_rows fp32 to fp32 tanh",
             "unpack_gradient_rows int8 to fp32 tanh scale",
         ),
         7,

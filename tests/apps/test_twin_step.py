@@ -88,8 +88,9 @@ def test_a_block_counts_the_same_in_chunks(workspace: int | None):
     # Maps with 16 channels are of twice the size, in one tile a frequency as well.
     inputs, outputs = DENSE // 4 + PATTERN, 2 * DENSE // 4 + FREQUENCIES * (2 * ROW // 8 + 4)
     assert total(found["pack_rows"]) == (2 * DENSE, outputs, 0)
-    # Input in forward and backward; gradient, and output for the derivative of the activation.
-    assert total(found["unpack_rows"]) == (2 * inputs + 2 * outputs, (2 + 2 * 2) * DENSE, 0)
+    # Input in forward and backward; gradients, and output for the derivative of the activation.
+    assert total(found["unpack_rows"]) == (2 * inputs, 2 * DENSE, 0)
+    assert total(found["unpack_gradient_rows"]) == (outputs + 2 * DENSE // 4, 2 * DENSE, 0)
     assert total(found["gather_rows"]) == (DENSE + PATTERN, DENSE // 4, 0)
     # Each complex weight is four numbers. Products: the output, its adjoint, and the gradient of the weights.
     weights, product = FREQUENCIES * 16 * 32 * 4, 2 * FREQUENCIES * 4 * 16 * 32
