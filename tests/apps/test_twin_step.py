@@ -46,9 +46,9 @@ def images() -> torch.Tensor:
     return torch.empty(SHAPE, device="meta")
 
 
-def packed(layer: snn.ToSpectral) -> Any:
+def packed(layer: snn.ToSpectral, shape: tuple[int, ...] = SHAPE) -> Any:
     with torch.no_grad(), ops.deferred_packing():
-        return layer(images()).detach().requires_grad_()
+        return layer(torch.empty(shape, device="meta")).detach().requires_grad_()
 
 
 @pytest.mark.parametrize("density", [0.25, 0.5])
@@ -98,6 +98,52 @@ def test_a_block_counts_the_same_in_chunks(workspace: int | None):
     taps, basis = 16 * 8 * 9 * 4, FREQUENCIES * 9 * 8
     spectra = found["kernel_spectrum"]
     assert sum(read + written for read, written, _ in spectra) == 2 * (weights + basis) + len(spectra) * taps
+
+
+# What the host launches for a chunk on a GPU: a step of a large network has thousands of chunks, and a device that is
+# through with one before the host has launched the next is idle.
+OF_BLOCK = ["kernel_spectrum", "unpack_rows", "bmm", "pack_rows"]
+OF_BLOCK_BACKWARD = [
+    *("unpack_gradient_rows", "kernel_spectrum", "unpack_rows", "bmm", "kernel_spectrum_adjoint", "bmm", "gather_rows")
+]
+OF_MAPS = ["unpack_planes", "_fft_c2r", "pool_planes", "_fft_r2c", "rows_of_half", "pack_rows"]
+OF_MAPS_BACKWARD = ["unpack_planes", "_fft_c2r", "spread_planes", "_fft_r2c", "gather_planes"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "of_chunk", "of_chunk_backward"),
+    [
+        (lambda **given: snn.SpecBlock(32, 16, 3, **given), OF_BLOCK, OF_BLOCK_BACKWARD),
+        (lambda **given: snn.SpatialReLU(**given), OF_MAPS, OF_MAPS_BACKWARD),
+    ],
+    ids=["block", "relu"],
+)
+def test_what_a_chunk_takes(layer: Callable[..., torch.nn.Module], of_chunk: list[str], of_chunk_backward: list[str]):
+    """Nothing but what is listed grows with the number of chunks."""
+
+    def step(workspace: int) -> Counter[str]:
+        def step_of_layer() -> Callable[[], Any]:
+            x = packed(snn.ToSpectral(threshold=0.5), (512, 32, 8, 8))
+            net = layer(workspace=workspace).to("meta")
+
+            def call() -> None:
+                with ops.deferred_packing():
+                    edge = net(x).edge
+                    edge.backward(torch.empty(edge.shape, device="meta"))
+
+            call()  # constants are made once
+            return call
+
+        return Counter({name: len(times) for name, times in counted(step_of_layer).items()})
+
+    few, many = step(1 << 23), step(1 << 21)
+    more = Counter({name: many[name] - few[name] for name in many | few if many[name] != few[name]})
+    forward = more["pack_rows"]
+    backward = next(more[name] // of_chunk_backward.count(name) for name in of_chunk_backward if name not in of_chunk)
+    assert forward > 1 and backward > 1
+    expected = Counter({name: times * forward for name, times in Counter(of_chunk).items()})
+    expected += Counter({name: times * backward for name, times in Counter(of_chunk_backward).items()})
+    assert more == expected
 
 
 def test_a_fourier_transform_is_counted_pass_by_pass():
