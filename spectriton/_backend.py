@@ -519,7 +519,7 @@ class TritonBackend(Backend):
         seed: Tensor | None = None,
     ) -> None:
         """As the reference's."""
-        numbers = _row_numbers(rows, y.device)
+        numbers = row_numbers(rows, y.device)
         key = None if seed is None else noise_key(seed)
         self._kernels.pack_rows(
             y, length, threshold, numbers, t0, bitmap, offsets, values, cursor, kind, scale, channels, scales, key
@@ -538,7 +538,7 @@ class TritonBackend(Backend):
         pattern: RowPattern | None = None,
     ) -> Tensor:
         """As the reference's."""
-        numbers = _row_numbers(rows, out.device)
+        numbers = row_numbers(rows, out.device)
         return self._kernels.unpack_rows(values, scales, bitmap, offsets, numbers, t0, t1, out)
 
     def gather_rows(
@@ -552,7 +552,7 @@ class TritonBackend(Backend):
         pattern: RowPattern | None = None,
     ) -> Tensor:
         """As the reference's."""
-        numbers = _row_numbers(rows, y.device)
+        numbers = row_numbers(rows, y.device)
         return self._kernels.gather_rows(y, bitmap, offsets, numbers, t0, out)
 
     def store_rows(
@@ -567,7 +567,7 @@ class TritonBackend(Backend):
         t0: int = 0,
     ) -> None:
         """As the reference's."""
-        self._kernels.gather_rows(y, bitmap, offsets, _row_numbers(rows, y.device), t0, values, scales)
+        self._kernels.gather_rows(y, bitmap, offsets, row_numbers(rows, y.device), t0, values, scales)
 
     def unpack_planes(
         self,
@@ -868,7 +868,7 @@ class TritonBackend(Backend):
         if kind == "identity":
             self.unpack_rows(grad, scales.new_empty(0), bitmap, offsets, rows, 0, offsets.shape[1], out)
             return None
-        numbers = _row_numbers(rows, out.device)
+        numbers = row_numbers(rows, out.device)
         return self._kernels.unpack_gradient_rows(
             grad, values, scales, bitmap, offsets, numbers, kind, scale, channels, out
         )
@@ -897,7 +897,7 @@ def _ortho_scale(grid: FrequencyGrid, pair: float, own: float, dtype: torch.dtyp
     return torch.full_like(grid.weight, pair / root).masked_fill_(grid.weight == 1, own / root).to(dtype)
 
 
-def _row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:
+def row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:
     """The kernels take frequencies one by one."""
     if not isinstance(rows, slice):
         return rows.contiguous()

@@ -112,7 +112,8 @@ class EmbeddedMixing(Mixing):
         """``(O, I / g, kh, kw)``: what was added."""
         if not self._sums:
             return torch.zeros_like(self._taps)
-        parts = [self._sums[first].sum(0) for first in sorted(self._sums)]
+        every = (self._sums[first] for first in sorted(self._sums))
+        parts = [sums[0] if sums.shape[0] == 1 else sums.sum(0) for sums in every]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

@@ -216,10 +216,11 @@ def plan_kernel_spectrum_adjoint(
     out: torch.Tensor,
     config: Adjoint | None = None,
     sums: torch.Tensor | None = None,
+    apart: bool = False,
 ) -> tuple[Launch, torch.Tensor | None]:
     """The launch behind `kernel_spectrum_adjoint`, by default in the configuration chosen for it.
 
-    With `sums`, the partial sums of another call, it adds to them instead.
+    With `sums`, the partial sums of another call, it adds to them instead; `apart` from `out` it stays in any case.
 
     Returns:
         The launch, and the partial sums left to be added (None: added already).
@@ -238,7 +239,7 @@ def plan_kernel_spectrum_adjoint(
     # few channels make few programs: share the frequencies out, to partial sums that are added in a fixed order
     splits = adjoint_splits(programs, frequencies) if sums is None else sums.shape[0]
     partial = sums
-    if partial is None and splits > 1:
+    if partial is None and (splits > 1 or apart):
         dtype = torch.float64 if wide else torch.float32
         partial = torch.empty((splits, *out.shape), dtype=dtype, device=out.device)
     meta = {
@@ -297,7 +298,8 @@ def kernel_spectrum_adjoint_sums(
         `(splits, *shape)`, float64 where `grad` or `basis` are and float32 otherwise: its sum over the first dimension
         is the gradient of the taps.
     """
-    out = grad.new_zeros(shape) if sums is None else sums[0]
-    launch, partial = plan_kernel_spectrum_adjoint(grad, basis, groups, out, None, sums)
+    out = grad.new_empty(shape) if sums is None else sums[0]
+    launch, partial = plan_kernel_spectrum_adjoint(grad, basis, groups, out, None, sums, apart=True)
     launch.run()
-    return out[None] if partial is None else partial
+    assert partial is not None
+    return partial

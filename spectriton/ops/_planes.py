@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectriton._backend import backend, workspace_bytes
+from spectriton._backend import backend, row_numbers, workspace_bytes
 from spectriton._counts import Counts, note_counts
 from spectriton.frequencies import frequency_grid
 from spectriton.ops._room import Expected, expect, is_deferred, take_down
@@ -182,7 +182,7 @@ class KernelPacker(Packer):
         pieces, self._pieces = self._pieces or [self._room(0)], []
         self._buffer = self._room(0)
         values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        counts = Counts(_count(torch.full((1,), self._kept, device=values.device), self.bitmap))
+        counts = Counts(_count(torch.full((2,), self._kept, device=values.device), self.bitmap))
         note_counts(self.bitmap, counts)
         take_down(self.sizes, counts)
         edge = make_edge(self._kept, self.dtype, values.device)
@@ -208,7 +208,7 @@ class RoomPacker(Packer):
         self._expected = expected
         self._offsets = torch.zeros(sizes.frequencies, sizes.tiles, dtype=torch.int32, device=device)
         self._values = self._room(expected.kept)
-        self._cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # as of Counts
 
     def append(
         self,
@@ -220,14 +220,14 @@ class RoomPacker(Packer):
         t0: int = 0,
     ) -> None:
         """As the reference's."""
-        target = (self.bitmap, self._offsets, self._values, self._cursor)
+        target = (self.bitmap, self._offsets, self._values, self._counts[:1])
         self._primitives.pack_rows(
             y, self.sizes.row, threshold, rows, t0, *target, kind, scale, self.sizes.channels, self.scales, self.seed
         )
 
     def fits(self) -> bool:
         """Whether all is there, for which the host waits; where checks are deferred, it is taken for granted."""
-        numbers = _count(self._cursor, self.bitmap)
+        numbers = _count(self._counts, self.bitmap)
         if is_deferred():
             counts = Counts(numbers, self._expected.rows)
         else:
@@ -246,11 +246,11 @@ class RoomPacker(Packer):
         return Packed(edge, self._values, self.scales, self.bitmap, self._offsets)
 
 
-def _count(kept: Tensor, bitmap: Tensor) -> Tensor:
-    """``(2,)`` int64 for :class:`Counts`: ``kept`` ``(1,)``, and the frequencies before the tail without values."""
+def _count(counts: Tensor, bitmap: Tensor) -> Tensor:
+    """Writes the second of ``(2,)`` int64 :class:`Counts`: the frequencies before the tail without values."""
     filled = bitmap.flatten(1).any(1)
-    numbers = torch.arange(1, filled.numel() + 1, device=bitmap.device)
-    return torch.cat([kept, (filled * numbers).max()[None]])
+    torch.amax(filled * row_numbers(slice(1, filled.numel() + 1), bitmap.device), 0, out=counts[1])
+    return counts
 
 
 def packer(
