@@ -358,7 +358,9 @@ def row_chunks(count: int, bytes_per_row: int, workspace: int) -> Iterator[slice
     """The rows ``0:count`` in chunks whose temporaries fit the workspace."""
     step = max(1, workspace // max(1, bytes_per_row))
     if step > 1:
-        step -= step % 2  # Triton compiles anew for rows that do not begin at a multiple of sixteen bytes
+        # Triton compiles anew for rows that do not begin at a multiple of sixteen bytes. And what is kept differs from
+        # step to step, of which the sizes of chunks should not make new ones for PyTorch's allocator each time.
+        step -= step % max(2, 1 << max(0, step.bit_length() - 4))
     for first in range(0, count, step):
         yield slice(first, min(first + step, count))
 

@@ -417,7 +417,7 @@ def _spec_block_backward(
     grad = grad.contiguous()
     grad_inputs = [grad.new_zeros(v.shape[0] if need else 0, 2) for v, need in zip(values, need_inputs, strict=True)]
     grad_bias = grad.new_zeros(weight.shape[0])
-    grad_scale = grad.new_zeros(0 if activation_scale is None else weight.shape[0])
+    of_scale: list[Tensor] = []
     scale = None if activation_scale is None else activation_scale.to(dtype)
 
     # The gradient of a frequency needs both sides there; bias and scale see the rest of the output, too.
@@ -426,11 +426,11 @@ def _spec_block_backward(
     x_buffers, g_buffer = walk.buffers(chunks)
     for part in chunks:
         g = g_buffer[: part.stop - part.start]
-        scale_terms = primitives.unpack_gradient_rows(
+        terms = primitives.unpack_gradient_rows(
             grad, *out_packed, part, kind, scale, walk.outputs.channels, g, out_index
         )
-        if scale_terms is not None:
-            grad_scale += scale_terms
+        if terms is not None:
+            of_scale.append(terms)
         walk.make_real(g, part)
         grads = _channels(g, walk.outputs)
         if part.start == 0:
@@ -449,6 +449,10 @@ def _spec_block_backward(
             if need:
                 walk.gather(source, x, part, source_rows, pattern, grad_input)
             del pattern
+    if of_scale:
+        grad_scale = torch.stack(of_scale).sum(0)
+    else:
+        grad_scale = grad.new_zeros(0 if activation_scale is None else weight.shape[0])
     return grad_inputs, mixing.grad_taps(), grad_bias, grad_scale
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectriton import PackedSpectrum, memory, ops
 from spectriton._backend import backend, backend_name
 from spectriton.frequencies import frequency_grid
+from spectriton.ops._planes import row_chunks
 
 WORKSPACE = 4 << 20
 BATCH, CHANNELS, SIZE, BLOCKS = 256, 64, 32, 4
@@ -51,6 +52,16 @@ def allocations(step: Callable[[], object]) -> tuple[list[int], int, int]:
             if event.nbytes() > 0:
                 sizes.append(event.nbytes())
     return sizes, peak, numpys
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 15, 16, 37, 190, 1000])
+def test_chunks_of_rows(step: int):
+    """They fit, are not much smaller than they may be, and their sizes are few."""
+    parts = list(row_chunks(1001, 10, 10 * step + 3))
+    assert [row for part in parts for row in range(1001)[part]] == list(range(1001))
+    sizes = {part.stop - part.start for part in parts[:-1]}
+    assert len(sizes) <= 1 and all(7 * step / 8 <= size <= step for size in sizes if step > 3)
+    assert all(part.start % 2 == 0 for part in parts) or step == 1
 
 
 @pytest.fixture(scope="module")
