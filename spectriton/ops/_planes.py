@@ -446,15 +446,20 @@ def gather_planes(
     primitives = backend(bitmap.device)
     index = primitives.tile_index(bitmap, offsets)
     every = slice(0, sizes.frequencies)
-    # The kernels' patterns may leave room to spare, which must not look like gradients that are not numbers.
-    make = torch.zeros if primitives.name == "triton" else torch.empty
-    out = make(kept, 2, dtype=dtype, device=bitmap.device)
+    out = _gradient_room(kept, dtype, bitmap.device)
     for t0, t1, first, last in plane_chunks(sizes, dtype, workspace, bitmap.device):
         rows = rows_of(first, last, (t1 - t0) * sizes.tile)
         pattern = primitives.row_pattern(bitmap, offsets, every, t0, t1, index)
         primitives.gather_rows(rows, bitmap, offsets, every, t0, out, pattern)
         del rows, pattern
     return out
+
+
+def _gradient_room(kept: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For the gradients of what is kept."""
+    # The kernels' patterns may leave room to spare, which must not look like gradients that are not numbers.
+    make = torch.zeros if backend(device).name == "triton" else torch.empty
+    return make(kept, 2, dtype=dtype, device=device)
 
 
 def gather_maps(
@@ -474,7 +479,7 @@ def gather_maps(
     primitives = backend(bitmap.device)
     grid = frequency_grid(sizes.height, sizes.width, bitmap.device)
     index = primitives.tile_index(bitmap, offsets)
-    out = torch.empty(kept, 2, dtype=dtype, device=bitmap.device)
+    out = _gradient_room(kept, dtype, bitmap.device)
     for t0, t1, first, last in plane_chunks(sizes, dtype, workspace, bitmap.device, repacked):
         primitives.gather_maps(planes(first, last).to(dtype), bitmap, offsets, grid, t0, t1, out, index)
     return out.mul_(2)  # a stored coefficient stands for two, unless it is its own conjugate

@@ -121,6 +121,24 @@ def test_steady_state_without_synchronisation():
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize("layer", [snn.ToSpatial(), snn.SpatialReLU(0.1), snn.MaxPool2d(2, threshold=0.1)], ids=str)
+def test_room_to_spare_has_no_gradient(device: torch.device, layer: nn.Module):
+    there, (images, _) = snn.ToSpectral(0.3).to(device), batch(device)
+    there(images)
+    torch.use_deterministic_algorithms(True)  # memory that is not written is not a number
+    try:
+        with ops.deferred_packing():
+            packed = there(images).detach().requires_grad_()
+            made = layer(packed)
+            made = made if isinstance(made, Tensor) else made.edge
+            made.backward(torch.ones(made.shape, device=device))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    grad = packed.edge.grad
+    assert grad is not None and grad.shape[0] > packed.kept
+    assert grad.isfinite().all()
+
+
 def test_what_would_wait_is_noticed(monkeypatch: pytest.MonkeyPatch):
     """The instrument of the first test."""
     x = torch.arange(4.0)
