@@ -217,10 +217,10 @@ WORK = {
     "rebuild": _maps(0, 2 + 1 / 8, 2, "rebuild bf16"),
     # A quarter as many maxima, with codes of 2 or 4 bits.
     "pool_maxima": _maps(0, 2, 2 / 4 + 1 / 8, "pool_maxima bf16 3x3", "pool_maxima bf16 2x2"),
+    "spread_maxima": _maps(2, 2 / 4 + 1 / 8, 2, "spread_maxima bf16 3x3", "spread_maxima bf16 2x2"),
     # Of 1x1 windows bits alone.
     "pool_planes": _maps(0, 4, 4 / 4 + 3 / 32, "pool_planes fp32 2x2"),
     "spread_planes": _maps(3, 4 / 4 + 3 / 32, 4, "spread_planes fp32 2x2"),
-    "spread_maxima": _maps(2, 2 / 4 + 1 / 8, 2, "spread_maxima bf16 3x3", "spread_maxima bf16 2x2"),
 }
 
 
