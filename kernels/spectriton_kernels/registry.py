@@ -337,7 +337,7 @@ CORE = frozenset(
         "pack_rows fp32 to int8 tanh stochastic",
         "gather_rows fp32",
         "unpack_rows fp32 to fp32",
-        "unpack_gradient_rows fp32 to fp32 tanh scale",
+        "unpack_gradient_rows fp32 to fp32 tanh scale tile 32",
         "sum_kept fp32 to fp32 gradients",
         "combine_kept fp32 to fp32",
         "unpack_planes fp32 to fp32",
