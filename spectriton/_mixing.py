@@ -101,11 +101,8 @@ class EmbeddedMixing(Mixing):
         """As by complex products, through the gradient of the embedded weights."""
         left, right = (_by_group(pairs.flatten(2), self.groups) for pairs in (x, grad))
         spectrum = torch.matmul(left.mT, right)
-        first, shape = (
-            0 if inputs is None else inputs.start,
-            torch.Size((self.shape[0], left.shape[3] // 2, *self.shape[2:])),
-        )
-        sums = self._sums.get(first)
+        first = 0 if inputs is None else inputs.start
+        shape, sums = torch.Size((self.shape[0], x.shape[2] // self.groups, *self.shape[2:])), self._sums.get(first)
         self._sums[first] = self._kernels.kernel_spectrum_adjoint_sums(spectrum, basis, self.groups, shape, sums)
 
     def grad_taps(self) -> Tensor:

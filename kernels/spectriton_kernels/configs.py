@@ -88,6 +88,13 @@ class Tiles:
         thread_bytes = min(self.thread_bytes, _MOST_DOUBLE_BYTES) if itemsize == 8 else self.thread_bytes
         return tiles, max(1, min(16, tiles * tile_bytes // (32 * thread_bytes)))
 
+    def shape_in_row(self, tile: int, itemsize: int, row_tiles: int) -> tuple[int, int]:
+        """The same for programs that stay within rows of so many tiles: a wider block would be of no use."""
+        tiles, warps = self.shape(tile, itemsize)
+        while tiles > 1 and tiles // 2 >= row_tiles:
+            tiles, warps = tiles // 2, max(1, warps // 2)
+        return tiles, warps
+
 
 @dataclass(frozen=True)
 class Planes:
@@ -300,21 +307,12 @@ UNPACK_PLANES = Tunable(
     ),
     lambda dtypes, sizes: Planes(32, 32, 4),
 )
-ROWS_OF_HALF = Tunable(
-    "rows_of_half",
-    ("planes", "positions"),
-    tuple(
-        Planes(*numbers) for numbers in ((32, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 8), (32, 64, 8))
-    ),
-    lambda dtypes, sizes: Planes(32, 32, 4),
+_FROM_HALF = tuple(
+    Planes(*numbers) for numbers in ((32, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 8), (32, 64, 8))
 )
+ROWS_OF_HALF = Tunable("rows_of_half", ("planes", "positions"), _FROM_HALF, lambda dtypes, sizes: Planes(32, 32, 4))
 GATHER_PLANES = Tunable(
-    "gather_planes",
-    ("planes", "positions", "tile"),
-    tuple(
-        Planes(*numbers) for numbers in ((32, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 8), (32, 64, 8))
-    ),
-    lambda dtypes, sizes: Planes(32, 32, 4),
+    "gather_planes", ("planes", "positions", "tile"), _FROM_HALF, lambda dtypes, sizes: Planes(32, 32, 4)
 )
 _SPECTRUM_SIZES = ("frequencies", "groups", "inputs", "outputs", "taps")
 KERNEL_SPECTRUM = Tunable(

@@ -147,14 +147,6 @@ def combine_kept_kernel(
         tl.store(p_pair, b_out, mask=(b_kept != 0)[:, :, None] & (o_part < 2))
 
 
-def _shape(tile: int, row_tiles: int, config: Tiles, itemsize: int) -> tuple[int, int]:
-    """(tiles, warps) of a program: a block wider than a row would be of no use."""
-    block_tiles, num_warps = config.shape(tile, itemsize)
-    while block_tiles > 1 and block_tiles // 2 >= row_tiles:
-        block_tiles, num_warps = block_tiles // 2, max(1, num_warps // 2)
-    return block_tiles, num_warps
-
-
 def plan_sum_kept(
     values: torch.Tensor,
     scales: torch.Tensor | None,
@@ -174,7 +166,7 @@ def plan_sum_kept(
     tile, summed = bitmap.shape[2] * 8, max(0, rows - 1)
     if config is None:
         config = SUM_KEPT.choose(bitmap.device, (dtype, values.dtype), (rows * row_tiles, tile))
-    block_tiles, num_warps = _shape(tile, row_tiles, config, dtype.itemsize)
+    block_tiles, num_warps = config.shape_in_row(tile, dtype.itemsize, row_tiles)
     column_blocks, of_row = ceil_div(row_tiles, block_tiles), row_tiles * tile * dtype.itemsize
     in_turn = rows_in_turn(summed, column_blocks, _MOST_ROWS)
     while ceil_div(summed, in_turn) * of_row > room and in_turn < summed:
@@ -243,7 +235,7 @@ def plan_combine_kept(
     tile = bitmap.shape[2] * 8
     if config is None:
         config = COMBINE_KEPT.choose(bitmap.device, (out.dtype, values.dtype), (rows * row_tiles, tile))
-    block_tiles, num_warps = _shape(tile, row_tiles, config, out.element_size())
+    block_tiles, num_warps = config.shape_in_row(tile, out.element_size(), row_tiles)
     column_blocks = ceil_div(row_tiles, block_tiles)
     in_turn = rows_in_turn(rows, column_blocks, _MOST_ROWS)
     args = (values, scales, grad, bitmap, offsets, weight, factor, gain, zero, out, rows, row_tiles)

@@ -359,12 +359,9 @@ def plan_unpack_gradient_rows(
     count = rows.shape[0]
     if config is None:
         config = UNPACK_GRADIENT_ROWS.choose(out.device, (out.dtype, values.dtype), (count * row_tiles, tile))
-    block_tiles, num_warps = config.shape(tile, out.element_size())
+    block_tiles, num_warps = config.shape_in_row(tile, out.element_size(), row_tiles)
     if scale is None:  # the derivative alone takes few registers
         num_warps = max(1, num_warps // 2)
-    # wider than a row no block has to be
-    while block_tiles > 1 and block_tiles // 2 >= row_tiles:
-        block_tiles, num_warps = block_tiles // 2, max(1, num_warps // 2)
     column_blocks = ceil_div(row_tiles, block_tiles)
     # nothing is summed without a scale; in float64 the constants of a loop would spill
     in_turn = 1 if scale is None or out.dtype == torch.float64 else rows_in_turn(count, column_blocks, _MOST_ROWS)
